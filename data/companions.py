@@ -1,0 +1,140 @@
+"""The other datasets of the comparison, read as their owners ship them.
+
+FMD (Sharan et al.), KTH-TIPS2-b (Caputo et al.), CUB-200-2011 (Wah et al.) and Oxford Flowers-102
+(Nilsback and Zisserman). Every loader takes (data_dir, fold), gives Splits and raises DataError.
+"""
+
+import os
+from pathlib import Path
+
+from torchvision.datasets import Flowers102
+
+from data import DataError
+from data.splits import (
+    SPLITS,
+    PresentImages,
+    Splits,
+    check_fold,
+    class_folders,
+    find_root,
+    list_images,
+    make_splits,
+    read_fields,
+    shuffled,
+    stratified_splits,
+)
+
+KTH_SAMPLES = ["sample_a", "sample_b", "sample_c", "sample_d"]
+CUB_FILES = ["images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"]
+
+
+def load_fmd(data_dir: Path, fold: int) -> Splits:
+    """Flickr Material Database: image/<class>/*.jpg; its owners publish no split."""
+    check_fold(fold, [1, 2, 3, 4, 5], "fmd")
+    root = data_dir / "image" if (data_dir / "image").is_dir() else data_dir
+    names = class_folders(root)
+    if len(names) < 2 or not all(list_images(root, name) for name in names):
+        raise DataError(f"--data_dir {data_dir}: no FMD here (image/<class>/*.jpg looked for)")
+    return stratified_splits(root, fold)
+
+
+def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
+    """KTH-TIPS2-b: <class>/sample_{a,b,c,d}/*.png, four physical samples of a material.
+
+    Fold k tests on the k-th sample, validates on the next (cyclically) and trains on the other two:
+    the photographs of one sample are so alike that a random split would leak.
+    """
+    check_fold(fold, [1, 2, 3, 4], "kth_tips2b")
+    nested = data_dir / "KTH-TIPS2-b"
+    root = nested if nested.is_dir() else data_dir
+    classes = class_folders(root)
+    if not any((root / name / sample).is_dir() for name in classes for sample in KTH_SAMPLES):
+        raise DataError(
+            f"--data_dir {data_dir}: no KTH-TIPS2-b here (<class>/sample_a/*.png looked for)"
+        )
+    split_of = dict.fromkeys(KTH_SAMPLES, "train")
+    split_of[KTH_SAMPLES[fold - 1]] = "test"
+    split_of[KTH_SAMPLES[fold % 4]] = "val"
+    listed = {split: [] for split in SPLITS}
+    for label, name in enumerate(classes):
+        for sample, split in split_of.items():
+            place = f"{name}/{sample}"
+            images = list_images(root, place) if (root / place).is_dir() else []
+            if not images:
+                raise DataError(f"{root / place}: holds no image; every class has four samples")
+            listed[split] += [(image, label) for image in images]
+    return make_splits(root, classes, listed)
+
+
+def load_cub200(data_dir: Path, fold: int) -> Splits:
+    """CUB-200-2011 with its official test set; a stratified tenth of the rest validates."""
+    check_fold(fold, [1], "cub200")
+    root = find_root(data_dir, ["", "CUB_200_2011"], [*CUB_FILES, "images"], "CUB-200-2011")
+    images, label_of, is_train, names = (_read_cub(root / file) for file in CUB_FILES)
+    classes = sorted(names, key=int)
+    present = PresentImages(root / "images")
+    training = {class_id: [] for class_id in classes}
+    listed = {split: [] for split in SPLITS}
+    for image_id, (here, image) in images.items():
+        if image not in present:
+            raise DataError(f"{here}: {present.root / image} is missing")
+        for file, table in zip(CUB_FILES[1:3], (label_of, is_train), strict=True):
+            if image_id not in table:
+                raise DataError(f"{root / file}: has no line for image {image_id}")
+        (where, class_id), (flag_at, flag) = label_of[image_id], is_train[image_id]
+        if class_id not in training:
+            raise DataError(f"{where}: class {class_id} is not in classes.txt")
+        if flag not in ("0", "1"):
+            raise DataError(f"{flag_at}: 0 or 1 wanted, found {flag!r}")
+        if flag == "1":
+            training[class_id].append(f"images/{image}")
+        else:
+            listed["test"].append((f"images/{image}", classes.index(class_id)))
+
+    for label, class_id in enumerate(classes):
+        files = shuffled(training[class_id], fold)
+        if len(files) < 2:
+            raise DataError(f"{root}: class {names[class_id][1]} has fewer than 2 training images")
+        tenth = max(1, round(len(files) / 10))
+        listed["val"] += [(file, label) for file in sorted(files[:tenth])]
+        listed["train"] += [(file, label) for file in sorted(files[tenth:])]
+    return make_splits(root, [names[class_id][1] for class_id in classes], listed)
+
+
+def _read_cub(path: Path) -> dict[str, tuple[str, str]]:
+    """One of CUB's tables, lines "id value" -> {id: ("file:line", value)}."""
+    table = {}
+    for number, (key, value) in read_fields(path, None, 2):
+        if not key.isdecimal() or key in table:
+            raise DataError(f"{path}:{number}: id {key!r} is no number or stands twice")
+        table[key] = (f"{path}:{number}", value)
+    return table
+
+
+def load_flowers102(data_dir: Path, fold: int) -> Splits:
+    """Oxford Flowers-102 with its official splits, read by torchvision (which needs scipy)."""
+    check_fold(fold, [1], "flowers102")
+    try:
+        import scipy.io  # noqa: F401
+    except ImportError as error:
+        raise DataError("--dataset flowers102: needs scipy; pip install scipy") from error
+    parent = Path(os.path.abspath(data_dir))
+    if parent.name == "flowers-102" and (parent / "jpg").is_dir():
+        parent = parent.parent
+    root = parent / "flowers-102"
+    listed = {}
+    try:
+        for split in SPLITS:
+            flowers = Flowers102(parent, split)
+            files = [f"jpg/{path.name}" for path in flowers._image_files]
+            listed[split] = list(zip(files, flowers._labels, strict=True))
+    except RuntimeError as error:  # torchvision: not found, or another checksum
+        raise DataError(
+            f"--data_dir {data_dir}: no Flowers-102 here (flowers-102/ with jpg/ and the official"
+            " imagelabels.mat and setid.mat looked for)"
+        ) from error
+    present = PresentImages(root)
+    for image, _ in (row for rows in listed.values() for row in rows):
+        if image not in present:
+            raise DataError(f"{root / image}: is missing, and setid.mat names it")
+    return make_splits(root, list(Flowers102.classes), listed)

@@ -1,0 +1,141 @@
+"""Datasets for fine-tuning as splits: DTD, any folder of class folders, and the registry of all."""
+
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision.datasets import DTD
+
+from data import DataError, companions
+from data.splits import (
+    SPLITS,
+    PresentImages,
+    Splits,
+    check_fold,
+    class_folders,
+    find_root,
+    fingerprint,
+    make_splits,
+    read_fields,
+    stratified_splits,
+)
+
+__all__ = ["DATASETS", "Splits", "download_dtd", "fingerprint", "load_splits"]
+
+DTD_PLACES = ["", "dtd", "dtd/dtd"]  # as unpacked by hand, by download_dtd, by torchvision
+
+
+def load_splits(dataset: str, data_dir, fold: int, *, num_folds: int = 10) -> Splits:
+    """Train, val and test images of one fold; `num_folds` is read by the dataset `folder` alone.
+
+    Raises DataError, one line, for whatever keeps the data from being used.
+    """
+    if dataset not in DATASETS:
+        raise DataError(f"--dataset {dataset}: unknown; there are {', '.join(DATASETS)}")
+    data_dir = Path(data_dir)
+    options = {"num_folds": num_folds} if dataset == "folder" else {}
+    try:
+        if not data_dir.is_dir():
+            hint = ", or add --download" if dataset == "dtd" else ""
+            raise DataError(f"--data_dir {data_dir}: no such folder; give that of the data{hint}")
+        return DATASETS[dataset].load(data_dir, fold, **options)
+    except OSError as error:
+        raise DataError(f"{error.filename or data_dir}: {_reason(error)}") from error
+
+
+def load_dtd(data_dir: Path, fold: int) -> Splits:
+    """The Describable Textures Dataset with the splits its authors publish."""
+    root = find_root(data_dir, DTD_PLACES, ["images", "labels"], "DTD")
+    labels = root / "labels"
+    names = {path.name for path in labels.iterdir()}
+    numbers = sorted(int(m[1]) for n in names if (m := re.fullmatch(r"train([1-9]\d*)\.txt", n)))
+    folds = [k for k in numbers if {f"val{k}.txt", f"test{k}.txt"} <= names]
+    check_fold(fold, folds, labels)
+
+    present, seen, listed = PresentImages(root / "images"), {}, {}
+    for split in SPLITS:
+        path = labels / f"{split}{fold}.txt"
+        listed[split] = []
+        for number, (name, file) in read_fields(path, "/", 2):
+            image, here = f"{name}/{file}", f"{path}:{number}"
+            if image not in present:
+                raise DataError(f"{here}: {present.root / image} is missing")
+            if image in seen:
+                raise DataError(f"{here}: {image} is already in {seen[image]}")
+            seen[image] = here
+            listed[split].append((image, name))
+        if not listed[split]:
+            raise DataError(f"{path}: names no image")
+
+    classes = sorted({name for _, name in listed["train"]})
+    label_of = {name: label for label, name in enumerate(classes)}
+    for images in listed.values():
+        for image, name in images:
+            if name not in label_of:
+                raise DataError(f"{seen[image]}: no image of class {name} is in train{fold}.txt")
+    relative = {
+        split: [(f"images/{image}", label_of[name]) for image, name in images]
+        for split, images in listed.items()
+    }
+    return make_splits(root, classes, relative)
+
+
+def download_dtd(data_dir) -> None:
+    """Fetch DTD into data_dir/dtd by torchvision's downloader and checksum, unless it is there.
+
+    It is unpacked beside its place and moved in whole, so an interrupted download leaves nothing
+    that could be taken for the dataset. Raises DataError.
+    """
+    data_dir = Path(data_dir)
+    if any((data_dir / place / "labels").is_dir() for place in DTD_PLACES):
+        return
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as staging:
+            DTD(staging, download=True)
+            # Where dtd/ is there already it goes inside, where load_dtd looks as well.
+            shutil.move(Path(staging, "dtd", "dtd"), data_dir / "dtd")
+    except (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError) as error:
+        what = str(error).strip().splitlines()
+        raise DataError(
+            f"--download: DTD could not be fetched from {DTD._URL} into {data_dir}"
+            f" ({what[0] if what else type(error).__name__})"
+        ) from error
+
+
+def load_folder(data_dir: Path, fold: int, *, num_folds: int = 10) -> Splits:
+    """Any folder of class folders, images at any depth below them."""
+    check_fold(fold, list(range(1, num_folds + 1)), f"--num_folds {num_folds}")
+    names = class_folders(data_dir)
+    if names and set(names) <= {"train", "val", "valid", "validation", "test"}:
+        raise DataError(
+            f"--data_dir {data_dir}: {', '.join(names)} are splits, not classes;"
+            f" give one of them: folds are made from a folder of class folders"
+        )
+    return stratified_splits(data_dir, fold)
+
+
+def _reason(error: OSError) -> str:
+    return "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
+
+
+class Dataset(NamedTuple):
+    """How one dataset is loaded, (data_dir, fold) -> Splits, and which folds it has."""
+
+    load: Callable[..., Splits]
+    folds: str
+
+
+DATASETS = {
+    "dtd": Dataset(load_dtd, "1-10, official"),
+    "folder": Dataset(load_folder, "1 to --num_folds, stratified reshuffles 60/20/20"),
+    "fmd": Dataset(companions.load_fmd, "1-5, stratified reshuffles 60/20/20"),
+    "kth_tips2b": Dataset(companions.load_kth_tips2b, "1-4, one physical sample tests"),
+    "cub200": Dataset(companions.load_cub200, "1, official"),
+    "flowers102": Dataset(companions.load_flowers102, "1, official"),
+}

@@ -1,0 +1,5 @@
+"""How it is trained: steps, schedules, processes, checkpoints and the record of a run."""
+
+
+class RunError(ValueError):
+    """A run that cannot be started or continued as asked; one line that says what to do."""

@@ -1,0 +1,111 @@
+"""What every script's command line shares: spelling, one-line errors, exit codes."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from training import RunError
+from training.loop import Diverged, Preempted
+
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75  # 75: EX_TEMPFAIL, "run me again"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, --data-dir as well as --data_dir, and one-line errors."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscored(word) for word in args], namespace)
+
+    def error(self, message: str):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def given(self, args: Sequence[str] | None = None) -> set[str]:
+        """The destinations that the command line names itself, whatever their values."""
+        unset = object()
+        blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        return {name for name, value in vars(self.parse_args(args, blank)).items()
+                if value is not unset}
+
+
+class UsageError(RunError):
+    """Flags that do not parse, or do not go together."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default in (None, False, True):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if (
+        word.startswith("--") and len(name) > 2) else word
+
+
+def add_amp_flags(group) -> argparse._ArgumentGroup:
+    """--amp and --no_amp, None where neither is given; see engine.choose_precision."""
+    group.add_argument("--amp", action="store_true", default=None,
+                       help="mixed precision: bf16 where the device has it, else fp16 (the default "
+                            "with CUDA)")
+    group.add_argument("--no_amp", dest="amp", action="store_false", default=None,
+                       help="float32 throughout")
+    return group
+
+
+def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
+    """An argparse type: a finite number of `kind` that is not below `minimum`."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not minimum <= value < float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a{'n integer' if kind is int else ' number'} "
+                f"of at least {minimum}")
+        return value
+    return parse
+
+
+def run(main: Callable[[], None], *usage_errors: type[Exception]) -> None:
+    """Run a script's main and leave with its exit code; what users can mend is one line.
+
+    0 done, 1 failed (divergence, out of memory), 2 bad input, 75 preempted and resumable.
+    """
+    try:
+        main()
+        code = 0
+    except (RunError, *usage_errors) as error:
+        code = _say(f"error: {error}", EXIT_USAGE)
+    except Diverged as error:
+        code = _say(f"error: {error}", EXIT_FAILED)
+    except Preempted as error:
+        code = _say(str(error), EXIT_PREEMPTED)
+    except torch.OutOfMemoryError as error:
+        code = _say("error: CUDA out of memory: use a smaller --batch_size "
+                    f"({str(error).splitlines()[0]})", EXIT_FAILED)
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130)
+    sys.exit(code)
+
+
+def _say(line: str, code: int) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        # Ranks mostly fail alike. torchrun ends the others when one is gone, so that a rank other
+        # than 0 gets to speak only when it was alone with its error.
+        time.sleep(3)
+        line = f"rank {rank}: {line}"
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    return code

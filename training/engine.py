@@ -1,0 +1,158 @@
+"""One optimizer step, and one pass over an evaluation set: the same code on every device.
+
+AMP, loss scaling, clipping, accumulation and DDP are objects that can do nothing, so that the CPU
+path that the tests run to the bit is the path that a GPU takes.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from training.distributed import World
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(device: torch.device, amp: bool | None) -> str:
+    """The name in PRECISIONS for what --amp (True), --no_amp (False) or neither asks of `device`.
+
+    By default mixed precision is on with CUDA. bf16 where the device has it, else fp16.
+    """
+    if amp is None:
+        amp = device.type == "cuda"
+    if not amp:
+        return "fp32"
+    return "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "fp16"
+
+
+@dataclass
+class Trainer:
+    """A network with all that one step of training it needs.
+
+    `model` stays the bare module: its names are the checkpoint's names, with DDP and with
+    `compile`. The loss is cross-entropy with soft targets and `label_smoothing`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    world: World
+    precision: str
+    augment: Callable  # (images, labels, draws, step=, micro=) -> images, soft targets
+    label_smoothing: float = 0.1
+    clip_norm: float | None = None
+    wrapped: nn.Module = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)
+    sums: torch.Tensor = field(init=False)  # float64: summed loss and images since `take_sums`
+
+    def __post_init__(self):
+        device = self.world.device
+        self.wrapped = self.model
+        if self.world.size > 1:
+            self.wrapped = DistributedDataParallel(
+                self.model, device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True, forward_sync_buffers=False)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def autocast(self):
+        return torch.autocast(self.world.device.type, PRECISIONS[self.precision],
+                              enabled=self.precision != "fp32")
+
+    def step(self, batches: list, *, step: int, lr: float) -> None:
+        """One step over this rank's micro-batches of global step `step`. Does not wait for the GPU.
+
+        The gradient is the mean over all micro-batches of all ranks, whoever computed them.
+        """
+        self.model.train()
+        for accumulated, batch in enumerate(batches):
+            # move
+            device = self.world.device
+            images = batch.image.to(device, non_blocking=True)
+            labels = batch.label.to(device, non_blocking=True)
+            micro = self.world.rank + accumulated * self.world.size
+            images, targets = self.augment(images, labels, batch.draws, step=step, micro=micro)
+            images = images.contiguous(memory_format=torch.channels_last)
+
+            # forward
+            last = accumulated == len(batches) - 1
+            with nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
+                with self.autocast():
+                    logits = self.wrapped(images)
+                loss = F.cross_entropy(logits.float(), targets,
+                                       label_smoothing=self.label_smoothing)
+
+                # backward
+                self.scaler.scale(loss / len(batches)).backward()
+
+            # record
+            self.sums += torch.stack(
+                [loss.detach().double() * len(images), loss.new_tensor(len(images))])
+
+        # step
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass
+class Score:
+    """Counts of one evaluation: summed over images and ranks, divided once."""
+
+    loss: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    images: int = 0
+    unreadable: list[str] = field(default_factory=list)  # files that were not scored
+
+    def row(self, prefix: str) -> dict[str, float]:
+        return {f"{prefix}_loss": self.loss / self.images,
+                f"{prefix}_top1": 100 * self.top1 / self.images,
+                f"{prefix}_top5": 100 * self.top5 / self.images}
+
+
+@torch.inference_mode()
+def evaluate(
+    trainer: Trainer, batches: Iterable, normalise: Callable, *, rounds: int,
+    name_of: Callable[[int], str], between: Callable[[], None] = lambda: None,
+) -> tuple[Score, torch.Tensor]:
+    """Score the bare module on every image once; also this rank's (index, prediction), N × 2.
+
+    `batches` are this rank's own, unpadded: ranks may have different numbers of them, so each
+    goes through `rounds` turns and calls `between` (where ranks agree to stop) in every one.
+    """
+    world, model = trainer.world, trainer.model
+    world.broadcast_buffers(model)
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    predictions, unreadable = [], []
+    stream = iter(batches)
+    for _ in range(rounds):
+        between()
+        batch = next(stream, None)
+        if batch is None:
+            continue
+        unreadable += [name_of(index) for index in batch.index[batch.broken > 0].tolist()]
+        images = normalise(batch.image.to(world.device, non_blocking=True))
+        labels = batch.label.to(world.device, non_blocking=True)
+        with trainer.autocast():
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+        logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1])).indices
+        hits = ranked == labels[:, None]
+        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(),
+                             hits[:, 0].sum(), hits.sum(), labels.new_tensor(len(labels))])
+        predictions.append(torch.stack([batch.index.to(world.device), ranked[:, 0]], dim=1))
+    loss, top1, top5, images = world.sum(sums.tolist())  # the one wait for the device
+    seen = torch.cat(predictions) if predictions else torch.empty(0, 2, dtype=torch.int64)
+    unreadable = [name for names in world.gather(unreadable) for name in names]
+    return Score(loss, int(top1), int(top5), int(images), unreadable), seen.cpu()

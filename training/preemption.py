@@ -1,0 +1,47 @@
+"""Signals that ask a run to save and leave, and parents that are gone."""
+
+import os
+import signal
+import threading
+import time
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+ORPHAN_GRACE = 10.0  # seconds that an orphaned process has for saving before it is ended
+
+
+class StopRequest:
+    """True once a stop signal came, or once the launcher that started this process has died.
+
+    A launcher is torchrun, or whoever set TWISTNET_LAUNCHER to its process id. A shell is none: a
+    run started with nohup outlives it.
+    """
+
+    def __init__(self):
+        self.reason = ""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+        launched = "TORCHELASTIC_RUN_ID" in os.environ or (
+            os.environ.get("TWISTNET_LAUNCHER") == str(os.getppid()))
+        if launched:
+            threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+    def _handle(self, number, frame):
+        self.reason = signal.Signals(number).name
+
+    def _watch(self, parent: int):
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        self.reason = "its launcher died"
+        # The other ranks may be gone, and a collective would then wait for them for half an hour.
+        time.sleep(ORPHAN_GRACE)
+        os._exit(1)
+
+
+def ignore_stop_signals(worker_id: int = 0) -> None:
+    """For loader workers: torchrun signals a rank's whole process group, and a rank whose workers
+    die first crashes before it has saved. Workers leave with their rank."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
