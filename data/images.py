@@ -116,7 +116,7 @@ class TrainSet(Dataset):
 
 
 class EvalSet(Dataset):
-    """Samples by index, resized and cropped at the centre. A broken file is reported, not replaced."""
+    """Samples by index, cropped at the centre. A broken file is marked, not replaced."""
 
     def __init__(self, source: ImageFiles, transform):
         self.source, self.transform = source, transform

@@ -3,3 +3,7 @@
 
 class RunError(ValueError):
     """A run that cannot be started or continued as asked; one line that says what to do."""
+
+
+class BusyError(RunError):
+    """A folder that another live process works in."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from training import RunError
+from training import BusyError, RunError
 from training.loop import Diverged, Preempted
 
-EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75  # 75: EX_TEMPFAIL, "run me again"
+EXIT_FAILED, EXIT_USAGE, EXIT_BUSY, EXIT_PREEMPTED = 1, 2, 3, 75  # 75: EX_TEMPFAIL, "try again"
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,11 +81,13 @@ def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
 def run(main: Callable[[], None], *usage_errors: type[Exception]) -> None:
     """Run a script's main and leave with its exit code; what users can mend is one line.
 
-    0 done, 1 failed (divergence, out of memory), 2 bad input, 75 preempted and resumable.
+    0 done, 1 failed (divergence, out of memory), 2 bad input, 3 busy, 75 preempted and resumable.
     """
     try:
         main()
         code = 0
+    except BusyError as error:
+        code = _say(f"error: {error}", EXIT_BUSY)
     except (RunError, *usage_errors) as error:
         code = _say(f"error: {error}", EXIT_USAGE)
     except Diverged as error:

@@ -14,7 +14,7 @@ import numpy
 import torch
 import torchvision
 
-from training import RunError
+from training import BusyError, RunError
 from training.checkpoint import BEST, LATEST, PREVIOUS, write_atomic
 
 LOG, EVENTS, STATUS, LOCK = "log.jsonl", "events.jsonl", "status.json", ".lock"
@@ -46,7 +46,7 @@ class Folder:
             except OSError as error:
                 raise RunError(f"{self.path} lies on a file system without locks "
                                f"({error.strerror}): use a folder on another one") from error
-        raise RunError(f"{self.path} is in use by another running process")
+        raise BusyError(f"{self.path} is in use by another running process")
 
     def holds_run(self) -> bool:
         """Whether a run has left a checkpoint or a finished epoch here."""

@@ -1,0 +1,173 @@
+"""One ImageNet class as it lies in a download: which images it has, and making its folder."""
+
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data import DataError
+
+BLOCK = 512  # bytes: tar's unit
+
+
+@dataclass(frozen=True)
+class FolderClass:
+    """Images of one class in `path`: those of `names`, or all."""
+
+    split: str
+    wnid: str
+    path: Path
+    names: tuple[str, ...] | None = None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each image, by file name. Raises DataError when there is none."""
+        names = list_images(self.path) if self.names is None else self.names
+        return _not_empty({name: (self.path / name).stat().st_size for name in names}, self)
+
+    def bytes_to_write(self, copy: bool) -> int:
+        return sum(self.sizes().values()) if copy else 0
+
+    def write(self, folder: Path, copy: bool) -> int:
+        """Link (or copy) the images into `folder`; -> how many."""
+        names = self.sizes()
+        for name in names:
+            # The file itself: a hard link to a symbolic link would still point elsewhere.
+            source, target = os.path.realpath(self.path / name), folder / name
+            if copy:
+                shutil.copyfile(source, target)
+            else:
+                _link(source, target)
+        return len(names)
+
+
+@dataclass(frozen=True)
+class TarClass:
+    """Images of one class in the tar `path`: in the tar nested in it as `inner`, or its `members`.
+
+    With neither the whole of `path` is the class. Nested tars are read in place, so that the
+    138 GB of class tars are never written, and classes can be extracted by several processes.
+    """
+
+    split: str
+    wnid: str
+    path: Path
+    inner: tarfile.TarInfo | None = None
+    members: tuple[tarfile.TarInfo, ...] | None = None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each image, by file name. Raises DataError as read_members, or if empty."""
+        with self._opened() as (_, members):
+            return {member.name: member.size for member in members}
+
+    def bytes_to_write(self, copy: bool) -> int:
+        if self.members is not None:
+            return sum(member.size for member in self.members)
+        return self.inner.size if self.inner else self.path.stat().st_size
+
+    def write(self, folder: Path, copy: bool) -> int:
+        """Extract the images into `folder`; -> how many. Raises DataError as `sizes`."""
+        with self._opened() as (archive, members):
+            for member in members:
+                archive.extract(member, folder, filter="data")
+            return len(members)
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
+        with open_tar(self.path) as archive:
+            if self.inner is None:
+                yield archive, self._checked(archive)
+                return
+            with tarfile.open(fileobj=archive.extractfile(self.inner), mode="r:") as nested:
+                yield nested, self._checked(nested)
+
+    def _checked(self, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+        if self.members is not None:
+            return list(self.members)
+        where = f"{self.path} ({self.inner.name})" if self.inner else str(self.path)
+        images = [m for m in read_members(archive, where) if is_image(m.name)]
+        _not_empty(images, self)
+        return images
+
+
+ClassSource = FolderClass | TarClass
+
+
+def make_class(source: ClassSource, out: Path, copy: bool) -> None:
+    """Write one class under a hidden name, which no listing takes for a class, then rename it."""
+    folder = out / source.split / source.wnid
+    part = folder.with_name(f".{source.wnid}.part")
+    part.mkdir(parents=True)
+    source.write(part, copy)
+    part.rename(folder)
+
+
+def is_made(source: ClassSource, out: Path) -> bool:
+    """Whether the class in `out` has the images of `source`, by name and size, and no others."""
+    folder = out / source.split / source.wnid
+    sizes = {name: (folder / name).stat().st_size for name in list_images(folder)}
+    return sizes == source.sizes()
+
+
+def list_images(folder: Path) -> list[str]:
+    """Names of the images that lie in `folder` itself, sorted."""
+    return sorted(e.name for e in os.scandir(folder) if is_image(e.name) and e.is_file())
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+@contextmanager
+def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """An uncompressed tar; damage met while it is open becomes a DataError that names it."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            yield archive
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is damaged ({error}): download or copy it again") from error
+
+
+def read_members(archive: tarfile.TarFile, where: str) -> list[tarfile.TarInfo]:
+    """The regular files of an archive, named without their folders.
+
+    Raises DataError before anything is extracted: for members that are links or devices, or that
+    point out of the archive; for two files of one name; and for an archive that is cut off, which
+    tarfile and tar take for a shorter one when the cut falls between two members.
+    """
+    files, end = {}, 0
+    for member in archive:
+        path = PurePosixPath(member.name)
+        end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+        if member.isdir():
+            continue
+        if not member.isreg() or path.is_absolute() or ".." in path.parts or path.name in files:
+            raise DataError(f"{where} holds {member.name!r}, which is no plain file of its own "
+                            "name: not an archive of ImageNet, nothing of it was extracted")
+        member.name = path.name
+        files[path.name] = member
+    archive.fileobj.seek(end)
+    if archive.fileobj.read(BLOCK) != bytes(BLOCK):
+        raise DataError(f"{where} is cut off or damaged after {len(files)} files: "
+                        "download or copy it again")
+    return list(files.values())
+
+
+def _link(source: str, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # another filesystem, or one without hard links
+        os.symlink(source, target)
+
+
+def _not_empty(images, source: ClassSource):
+    if not images:
+        raise DataError(f"{source.path} has no images of {source.split}/{source.wnid}: "
+                        "unpack or download it again")
+    return images
