@@ -13,6 +13,7 @@ Writes latest.pt, best.pt, log.jsonl and, at the end, <model>_imagenet.pt with i
 import json
 import os
 import secrets
+import shlex
 import time
 from pathlib import Path
 
@@ -26,11 +27,18 @@ from data.sampling import StepSampler
 from data.transforms import Augment, EvalTransform, TrainTransform, normalise
 from models import MODELS, ModelError, build_model
 from training import RunError
-from training.checkpoint import LATEST, PREVIOUS, load_checkpoint, serialise, write_atomic
+from training.checkpoint import (
+    LATEST,
+    PREVIOUS,
+    first_nonfinite,
+    load_checkpoint,
+    serialise,
+    write_atomic,
+)
 from training.command_line import Parser, add_amp_flags, at_least, run
 from training.distributed import World, start_processes, stop_processes, usable_cpus
 from training.engine import Trainer, choose_precision, evaluate
-from training.loop import Progress, Run, restore
+from training.loop import Diverged, Progress, Run, restore
 from training.optim import lr_at, make_sgd, warmup_steps
 from training.preemption import StopRequest, ignore_stop_signals
 from training.record import Folder, provenance, sha256, write_json
@@ -126,8 +134,8 @@ def adopt_flags(args, given: set[str], state: dict) -> None:
                        f"{args.resume} has trained")
 
 
-def main() -> None:
-    args, state = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args, state = parse_args(argv)
     train, val, classes = load_imagenet(args.data_dir)
     quick_look(val)
     folder = Folder(args.checkpoint_dir)
@@ -139,6 +147,9 @@ def main() -> None:
     sampler = share_out(len(train), config, world)
     if state:
         check_same_data(state, args, classes, len(train))
+        if state["step"] > args.epochs * sampler.steps_per_epoch:
+            raise RunError(f"--epochs {args.epochs} is less than {args.resume} has trained: its "
+                           f"epoch {len(state['rows']) + 1} has begun")
 
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(classes), pretrained="none")
@@ -174,7 +185,8 @@ def main() -> None:
         lr_of=lambda step: lr_at(step, base=base_lr, total_steps=total, warmup_steps=warmup),
         epochs=args.epochs, steps_per_epoch=sampler.steps_per_epoch, name_of=train.name,
         frozen={"config": config, "classes": classes, "images": len(train)},
-        resume_with=f"--data_dir {args.data_dir} --resume {folder.path / LATEST}",
+        resume_with=shlex.join(["--data_dir", str(args.data_dir), "--resume",
+                                str(folder.path / LATEST)]),
         save_seconds=60 * args.save_minutes,
     ).fit()
     if world.main:
@@ -214,8 +226,12 @@ def share_out(images: int, config: dict, world: World) -> StepSampler:
     if images < micro_batches:
         raise RunError(f"--data_dir has {images} training images, fewer than the "
                        f"{micro_batches} processes: use fewer")
-    return StepSampler(images, seed=config["seed"], micro_batch=config["batch_size"],
-                       micro_batches=micro_batches, rank=world.rank, world=world.size)
+    sampler = StepSampler(images, seed=config["seed"], micro_batch=config["batch_size"],
+                          micro_batches=micro_batches, rank=world.rank, world=world.size)
+    if sampler.micro_batch == 1 and config["img_size"] <= 32:
+        raise RunError("BatchNorm needs more than one value a channel: use a --batch_size above 1, "
+                       "or an --img_size above 32")
+    return sampler
 
 
 def check_same_data(state: dict, args, classes: list[str], images: int) -> None:
@@ -247,6 +263,9 @@ def announce(config, sampler, val_images, model, base_lr, total, warmup, workers
 def export(args, config: dict, model: torch.nn.Module, rows: list[dict], classes: list[str]):
     """Write the last epoch's weights and their JSON into both folders, byte for byte the same."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    bad = first_nonfinite(state)
+    if bad:
+        raise Diverged(f"{bad} is not finite: the weights were not written")
     weights = serialise(state)
     about = {
         "model": args.model, "parameters": sum(p.numel() for p in model.parameters()),

@@ -24,6 +24,7 @@ from data.splits import Splits, fingerprint
 from data.textures import DATASETS, download_dtd, load_splits
 from data.transforms import Augment, EvalTransform, TrainTransform, normalise
 from models import MODELS, ModelError, build_model
+from models.twistnet import TwistBlock
 from models.weights import weights_identity
 from training import RunError
 from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
@@ -136,8 +137,8 @@ def check_same(folder: Path, old: dict, config: dict) -> None:
                        "--overwrite moves it aside, another --run_dir leaves it alone")
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RunError("train.py is one process a run: start it with python, not torchrun, and "
                        "many runs with run_all.py")
@@ -206,6 +207,9 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
 
     sampler = StepSampler(len(splits.train), seed=args.seed, micro_batch=args.batch_size,
                           micro_batches=1)
+    if sampler.micro_batch == 1 and args.img_size <= 32:
+        raise RunError("BatchNorm needs more than one value a channel: use a --batch_size above 1, "
+                       "or an --img_size above 32")
     total = args.epochs * sampler.steps_per_epoch
     warmup = warmup_steps(RECIPE["warmup_epochs"], steps_per_epoch=sampler.steps_per_epoch,
                           total_steps=total)
@@ -236,8 +240,8 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
 
 def gates(model: nn.Module) -> dict:
     """How far each TwistBlock's gate is open, for the log; nothing for other networks."""
-    opened = [torch.sigmoid(value).item() for name, value in model.named_parameters()
-              if name.endswith(".gate")]
+    opened = [torch.sigmoid(block.gate).item() for block in model.modules()
+              if isinstance(block, TwistBlock)]
     return {"gates": opened} if opened else {}
 
 

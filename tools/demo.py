@@ -29,7 +29,8 @@ def call(command: list[str], folder: Path) -> None:
     """Print a command as one would type it in `folder`, and run it there."""
     script = os.path.relpath(ROOT / command[0], folder)
     print(f"\n$ cd {folder} && {shlex.join(['python', script, *command[1:]])}", flush=True)
-    if subprocess.run([sys.executable, script, *command[1:]], cwd=folder).returncode:
+    env = {**os.environ, "TWISTNET_LAUNCHER": str(os.getpid())}  # ends when this process does
+    if subprocess.run([sys.executable, script, *command[1:]], cwd=folder, env=env).returncode:
         raise DemoFailed(f"{command[0]} failed: its message stands above")
 
 

@@ -75,6 +75,7 @@ class Checkpoints:
     def __init__(self, folder: Path):
         self.folder = folder
         self.failures = 0
+        self.trusted = False  # whether latest.pt is known to be whole
 
     def save(self, state: dict, *, best: bool) -> str | None:
         """Make `state` latest.pt, and best.pt too if it is; a warning where that failed, else None.
@@ -88,7 +89,7 @@ class Checkpoints:
             if best:
                 # First, so that latest.pt never speaks of a best epoch that best.pt does not hold.
                 _link(fresh, self.folder / BEST)
-            if latest.exists():
+            if latest.exists() and (self.trusted or _is_whole(latest)):
                 _link(latest, self.folder / PREVIOUS)
             os.replace(fresh, latest)
             _sync_folder(self.folder)
@@ -100,7 +101,7 @@ class Checkpoints:
                 raise RunError(f"{reason}, {self.failures} times in a row: free space there, then "
                                f"resume from {latest}") from error
             return f"warning: {reason}; {LATEST} is still the one before, training goes on"
-        self.failures = 0
+        self.failures, self.trusted = 0, True
         return None
 
 
@@ -121,14 +122,21 @@ def load_checkpoint(path: Path) -> tuple[dict, str | None]:
             return _read(previous), f"warning: {path} {error}; going on from {previous}"
         except _Damaged as older:
             raise RunError(f"{path} {error}, and {previous} {older}: nothing was overwritten; "
-                           f"--resume {path.with_name(BEST)}, or --overwrite") from older
+                           "--overwrite sets both aside and starts anew") from older
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(_read(path))
+    except (_Damaged, RunError):
+        return False
 
 
 class _Damaged(Exception):
     pass
 
 
-_KEYS = {"model", "optimizer", "scaler", "step", "sums", "rows", "config", "classes", "images"}
+_KEYS = {"model", "optimizer", "scaler", "step", "sums", "clock", "rows", "config", "classes", "images"}
 
 
 def _read(path: Path) -> dict:
@@ -147,8 +155,8 @@ def _read(path: Path) -> dict:
     except pickle.UnpicklingError as error:
         raise RunError(f"{path} holds more than tensors, numbers and text, and was not "
                        "loaded: such a file can run code") from error
-    except (RuntimeError, OSError) as error:
-        raise _Damaged(f"cannot be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the unpickler raises whatever a senseless pickle led it to
+        raise _Damaged(f"cannot be loaded ({type(error).__name__})") from error
     if not isinstance(state, dict) or not state.keys() >= _KEYS:
         raise RunError(f"{path} is no checkpoint of a run (a weights file cannot be resumed)")
     return state

@@ -42,7 +42,7 @@ class UsageError(RunError):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        if action.default in (None, False, True):
+        if action.default is None or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
 
@@ -70,7 +70,7 @@ def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not minimum <= value < float("inf"):
+        if value is None or not minimum <= value < 2**63:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a{'n integer' if kind is int else ' number'} "
                 f"of at least {minimum}")

@@ -4,6 +4,7 @@ AMP, loss scaling, clipping, accumulation and DDP are objects that can do nothin
 path that the tests run to the bit is the path that a GPU takes.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class Trainer:
     clip_norm: float | None = None
     wrapped: nn.Module = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
-    sums: torch.Tensor = field(init=False)  # float64: summed loss and images since `take_sums`
+    loss_sum: torch.Tensor = field(init=False)  # float64, on the device: over this epoch's images
+    images: int = 0  # how many those are; counted on the host, which then need not wait
 
     def __post_init__(self):
         device = self.world.device
@@ -57,11 +59,29 @@ class Trainer:
                 self.model, device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True, forward_sync_buffers=False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def autocast(self):
         return torch.autocast(self.world.device.type, PRECISIONS[self.precision],
                               enabled=self.precision != "fp32")
+
+    @property
+    def sums(self) -> list[float]:
+        """[summed loss, images] of this rank in this epoch; reading it waits for the device."""
+        return [self.loss_sum.item(), float(self.images)]
+
+    @sums.setter
+    def sums(self, values: list[float]) -> None:
+        self.loss_sum.fill_(values[0])
+        self.images = int(values[1])
+
+    def is_finite(self) -> bool:
+        """Whether training has not diverged; waits for the device.
+
+        A step that overflowed in fp16 is skipped by the scaler, which halves its scale: that is
+        divergence only when it goes on.
+        """
+        return math.isfinite(self.loss_sum.item()) and self.scaler.get_scale() > 2**-6
 
     def step(self, batches: list, *, step: int, lr: float) -> None:
         """One step over this rank's micro-batches of global step `step`. Does not wait for the GPU.
@@ -90,8 +110,11 @@ class Trainer:
                 self.scaler.scale(loss / len(batches)).backward()
 
             # record
-            self.sums += torch.stack(
-                [loss.detach().double() * len(images), loss.new_tensor(len(images))])
+            loss = loss.detach().double()
+            if self.scaler.is_enabled():
+                loss = loss.nan_to_num(0, 0, 0)  # the scaler skips this step
+            self.loss_sum += loss * len(images)
+            self.images += len(images)
 
         # step
         for group in self.optimizer.param_groups:

@@ -113,7 +113,7 @@ class Run:
         else:
             total = [math.fsum(column) for column in zip(*self.progress.sums, strict=True)]
             mine = total if total and self.world.main else [0.0, 0.0]
-        self.trainer.sums.copy_(self.trainer.sums.new_tensor(mine))
+        self.trainer.sums = mine
 
     def _train_epoch(self) -> None:
         progress = self.progress
@@ -141,15 +141,16 @@ class Run:
 
     def _show(self, bar: tqdm) -> None:
         """Read the running loss: the one wait for the device between two saves."""
-        loss, images = self.trainer.sums.tolist()
-        self.diverged |= not math.isfinite(loss)
+        loss, images = self.trainer.sums
+        self.diverged |= not self.trainer.is_finite()
         rate = images * self.world.size / max(1e-9, self.progress.clock[0])
         bar.set_postfix_str(f"loss {loss / max(1, images):.3f}, "
                             f"lr {self.lr_of(self.progress.step - 1):.4g}, {rate:.0f} images/s")
 
     def _finish_epoch(self, score: Score, validation_seconds: float) -> None:
         progress = self.progress
-        loss, images = self.world.sum(self.trainer.sums.tolist())
+        loss, images = self.world.sum(self.trainer.sums)
+        where = self._where()
         seconds, waited = progress.clock
         best_before = progress.best
         row = {
@@ -160,9 +161,10 @@ class Run:
         }
         progress.rows.append(row)
         progress.clock = [0.0, 0.0]
-        self.trainer.sums.zero_()
+        self.trainer.sums = [0.0, 0.0]
         self.broken.clear()
-        self.save(best=best_before is None or row["val_top1"] > best_before["val_top1"])
+        best = best_before is None or row["val_top1"] > best_before["val_top1"]
+        self.save(best=best, where=where)
         if self.world.main:
             self.folder.write_log(progress.rows)
             print(f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}, top-5 "
@@ -203,9 +205,9 @@ class Run:
         if due:
             self.save()
 
-    def save(self, *, best: bool = False) -> None:
+    def save(self, *, best: bool = False, where: str = "") -> None:
         """Write a checkpoint of this moment; on all ranks together."""
-        sums = self.world.gather(self.trainer.sums.tolist())
+        sums = self.world.gather(self.trainer.sums)
         error, bad = None, None
         if self.world.main:
             state = {**self.frozen, "model": self.trainer.model.state_dict(),
@@ -221,7 +223,7 @@ class Run:
                 print(warning, flush=True)
         not_finite, not_written = self.world.max([bad is not None, error is not None])
         if not_finite:
-            self._fail(f"{bad or 'a tensor'} is not finite")
+            self._fail(f"{bad or 'a tensor'} is not finite", where)
         if not_written:
             raise error or RunError(f"rank 0 could not write to {self.folder.path}")
         self.saved_at = time.monotonic()
@@ -229,17 +231,22 @@ class Run:
     def check_stop(self) -> None:
         """Leave when asked to, where nothing has to be saved."""
         if self.stop:
-            raise Preempted(f"stopped by {self.stop.reason}, go on with: {self.resume_with}")
+            message = f"preempted in the test, resume with: {self.resume_with}"
+            self.folder.status("preempted", message=message, resume=self.resume_with)
+            raise Preempted(message)
 
     def _where(self) -> str:
         return f"epoch {self.epoch} step {self.step_in_epoch}"
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str, where: str = "") -> None:
+        message = (f"{what} at {where or self._where()}, learning rate "
+                   f"{self.lr_of(max(0, self.progress.step - 1)):.4g}: use a smaller --lr")
+        latest = self.folder.path / LATEST
+        if latest.exists():
+            message += f" ({latest} is from before)"
         if self.world.main:
-            self.folder.status("diverged", epoch=self.epoch, step=self.step_in_epoch)
-        raise Diverged(f"{what} at {self._where()}, learning rate "
-                       f"{self.lr_of(max(0, self.progress.step - 1)):.4g}: {LATEST} in "
-                       f"{self.folder.path} is the last good state; use a smaller --lr")
+            self.folder.status("diverged", message=message)
+        raise Diverged(message)
 
     def _leave(self) -> None:
         self.save()

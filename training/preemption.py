@@ -20,10 +20,11 @@ class StopRequest:
         self.reason = ""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
-        launched = "TORCHELASTIC_RUN_ID" in os.environ or (
-            os.environ.get("TWISTNET_LAUNCHER") == str(os.getppid()))
-        if launched:
+        launcher = int(os.environ.get("TWISTNET_LAUNCHER", 0))
+        if launcher == os.getppid() or "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+        elif launcher and not _is_alive(launcher):
+            self.reason = "its launcher died"  # while this process was still importing
 
     def __bool__(self) -> bool:
         return bool(self.reason)
@@ -31,13 +32,23 @@ class StopRequest:
     def _handle(self, number, frame):
         self.reason = signal.Signals(number).name
 
-    def _watch(self, parent: int):
-        while os.getppid() == parent:
+    def _watch(self, launcher: int):
+        while os.getppid() == launcher:
             time.sleep(0.5)
         self.reason = "its launcher died"
         # The other ranks may be gone, and a collective would then wait for them for half an hour.
         time.sleep(ORPHAN_GRACE)
         os._exit(1)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def ignore_stop_signals(worker_id: int = 0) -> None:

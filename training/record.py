@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -40,13 +41,20 @@ class Folder:
             raise RunError(f"{self.path} cannot be written ({error.strerror})") from error
         for wait in (1, 1, 0):  # a process that was just killed takes a moment to be gone
             try:
-                return fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self._sweep_up()
             except (BlockingIOError, PermissionError):
                 time.sleep(wait)
             except OSError as error:
                 raise RunError(f"{self.path} lies on a file system without locks "
                                f"({error.strerror}): use a folder on another one") from error
         raise BusyError(f"{self.path} is in use by another running process")
+
+    def _sweep_up(self) -> None:
+        """Delete half-written files of a process that was killed; only its successor may."""
+        for pattern in (".*.tmp*", f".{LATEST}.new"):
+            for left in self.path.glob(pattern):
+                left.unlink(missing_ok=True)
 
     def holds_run(self) -> bool:
         """Whether a run has left a checkpoint or a finished epoch here."""
@@ -64,16 +72,27 @@ class Folder:
 
     def write_log(self, rows: list[dict]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomic(self.path / LOG, text.encode())
+        self._write(LOG, lambda path: write_atomic(path, text.encode()))
 
     def event(self, kind: str, **details) -> None:
         """Append one line to events.jsonl; every rank may, in a single write each."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": kind, **details})
-        with open(self.path / EVENTS, "a") as file:
-            file.write(line + "\n")
+
+        def append(path: Path) -> None:
+            with open(path, "a") as file:
+                file.write(line + "\n")
+        self._write(EVENTS, append)
 
     def status(self, state: str, **details) -> None:
-        write_json(self.path / STATUS, {"state": state, **details})
+        self._write(STATUS, lambda path: write_json(path, {"state": state, **details}))
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> None:
+        """A full disk does not end a run for want of its log, which each checkpoint holds too."""
+        try:
+            write(self.path / name)
+        except OSError as error:
+            print(f"warning: {self.path / name} could not be written ({error.strerror})",
+                  flush=True)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -1,0 +1,66 @@
+"""TwistNet-18: ResNet-18 whose stages 3 and 4 add STCI's channel products to every block."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torchvision.models.resnet import BasicBlock
+
+from models.resnet import ResNet
+from models.stci import STCI
+
+
+class TwistBlock(BasicBlock):
+    """BasicBlock plus sigmoid(gate) * STCI of its middle activation; stci are STCI's settings.
+
+    It starts its own weights. A pass of kaiming over every convolution after it was built would
+    erase the directional start of STCI's kernels and the small start of its projection.
+    """
+
+    def __init__(self, in_channels: int, channels: int, *, stride: int = 1, **stci: bool):
+        shortcut = None
+        if stride != 1 or in_channels != channels:
+            shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+        super().__init__(in_channels, channels, stride, shortcut)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.stci = STCI(channels, **stci)  # after the pass above, which must not reach it
+        self.gate = nn.Parameter(torch.tensor(-2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(h))
+        out += self.stci(h, torch.sigmoid(self.gate))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class TwistNet(ResNet):
+    """ResNet-18 with TwistBlocks in layer3 and layer4."""
+
+    def __init__(self, num_classes: int, **stci: bool):
+        super().__init__(num_classes)
+        for layer in (self.layer3, self.layer4):
+            for i, block in enumerate(layer):
+                conv = block.conv1
+                layer[i] = TwistBlock(
+                    conv.in_channels, conv.out_channels, stride=conv.stride[0], **stci
+                )
+
+
+def twistnet18(num_classes: int) -> TwistNet:
+    return TwistNet(num_classes)
+
+
+def twistnet18_no_spiral(num_classes: int) -> TwistNet:
+    return TwistNet(num_classes, spiral=False)
+
+
+def twistnet18_no_ais(num_classes: int) -> TwistNet:
+    return TwistNet(num_classes, ais=False)
+
+
+def twistnet18_first_order(num_classes: int) -> TwistNet:
+    return TwistNet(num_classes, second_order=False)

@@ -1,0 +1,115 @@
+"""data/loading.py: a rank's share of each step and of an evaluation, on any number of workers."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.images import EvalSet, ImageFiles, TrainSet
+from data.loading import eval_batches, train_steps
+from data.sampling import StepSampler
+from data.transforms import EvalTransform, TrainTransform
+
+
+@pytest.fixture
+def source(tmp_path):
+    names = []
+    for i in range(11):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        names.append(f"{i}.png")
+        Image.fromarray(pixels).save(tmp_path / names[-1])
+    (tmp_path / "3.png").write_bytes(b"broken")
+    return ImageFiles(tmp_path, np.array([n.encode() for n in names]), np.arange(11) % 2)
+
+
+def steps(source, *, first=0, last=5, workers=0, rank=0, world=1, micro_batches=2):
+    sampler = StepSampler(len(source), seed=1, micro_batch=2, micro_batches=micro_batches,
+                          rank=rank, world=world)
+    return list(train_steps(TrainSet(source, TrainTransform(16), 1), sampler, first=first,
+                            last=last, workers=workers, pin_memory=False))
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def all_equal(run, other):
+    pairs = [(a, b) for s, t in zip(run, other, strict=True) for a, b in zip(s, t, strict=True)]
+    return all(equal(a, b) for a, b in pairs)
+
+
+def test_a_step_is_a_list_of_this_ranks_micro_batches(source):
+    run = steps(source)
+    assert [len(step) for step in run] == [2] * 5
+    batch = run[0][0]
+    assert batch.image.shape == (2, 3, 16, 16) and batch.image.dtype == torch.uint8
+    assert batch.draws.shape == (2, 2, 2)
+    assert torch.equal(batch.label, batch.index % 2)
+    assert sorted(torch.cat([b.index for step in run[:2] for b in step]).tolist()) == sorted(
+        set(range(11)) - set(rest_of_first_epoch(source)))
+
+
+def rest_of_first_epoch(source):
+    return StepSampler(11, seed=1, micro_batch=2, micro_batches=2).order(0)[8:].tolist()
+
+
+def test_two_workers_and_none_give_the_same_bits(source):
+    torch.manual_seed(1)
+    alone = steps(source)
+    torch.manual_seed(2)
+    assert all_equal(alone, steps(source, workers=2))
+    assert any(batch.broken.any() for step in alone for batch in step)
+
+
+def test_a_resumed_run_sees_the_tail_and_not_the_first_epoch_again(source):
+    whole = steps(source, last=6)
+    assert all_equal(steps(source, first=3, last=6), whole[3:])
+    assert not all_equal(whole[:2], whole[2:4])
+    assert steps(source, first=6, last=6) == []
+
+
+def test_ranks_share_out_the_micro_batches_of_one(source):
+    alone = steps(source)
+    for rank in (0, 1):
+        theirs = steps(source, rank=rank, world=2)
+        assert all_equal(theirs, [step[rank::2] for step in alone])
+
+
+def evaluated(source, world, *, batch_size=4, workers=0):
+    """By rank the batches, each as a list of indices; and the rounds that every rank was told."""
+    ranks, rounds = [], set()
+    for rank in range(world):
+        loader, most = eval_batches(EvalSet(source, EvalTransform(16)), batch_size=batch_size,
+                                    workers=workers, pin_memory=False, rank=rank, world=world)
+        ranks.append([batch.index.tolist() for batch in loader])
+        rounds.add(most)
+    return ranks, rounds
+
+
+@pytest.mark.parametrize(("world", "batch_size", "expected", "rounds"), [
+    (1, 4, [[4, 4, 3]], 3),
+    (2, 4, [[4, 3], [4]], 2),
+    (3, 4, [[4], [4], [3]], 1),
+    (2, 32, [[11], []], 1),  # smaller than one batch: one rank has nothing
+    (4, 4, [[4], [4], [3], []], 1),
+    (2, 1, [[1] * 6, [1] * 5], 6),
+])
+def test_every_image_is_evaluated_exactly_once(source, world, batch_size, expected, rounds):
+    ranks, told = evaluated(source, world, batch_size=batch_size)
+    assert [[len(batch) for batch in rank] for rank in ranks] == expected
+    assert told == {rounds} == {max(len(rank) for rank in ranks)}
+    assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(11))
+
+
+def test_an_image_is_in_the_same_batch_on_any_number_of_ranks(source):
+    def cut(world):
+        return {tuple(batch) for rank in evaluated(source, world)[0] for batch in rank}
+    assert cut(1) == cut(2) == cut(3)
+
+
+def test_evaluation_can_be_walked_again_with_workers_that_stay(source):
+    loader, _ = eval_batches(EvalSet(source, EvalTransform(16)), batch_size=4, workers=1,
+                             pin_memory=False)
+    first, second = list(loader), list(loader)
+    assert all(equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.cat([b.broken for b in first]).nonzero().flatten().tolist() == [3]

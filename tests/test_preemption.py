@@ -1,0 +1,105 @@
+"""training/preemption.py: signals become a request, and orphans notice that they are."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from training import preemption
+from training.preemption import STOP_SIGNALS, StopRequest, ignore_stop_signals
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before(monkeypatch):
+    monkeypatch.delenv("TWISTNET_LAUNCHER", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_each_signal_is_a_request_that_names_it(name):
+    stop = StopRequest()
+    assert not stop and stop.reason == ""
+    os.kill(os.getpid(), getattr(signal, name))
+    assert stop and stop.reason == name
+
+
+def test_loader_workers_ignore_them():
+    StopRequest()
+    ignore_stop_signals(3)
+    for number in STOP_SIGNALS:
+        assert signal.getsignal(number) == signal.SIG_IGN
+        os.kill(os.getpid(), number)
+
+
+def test_a_run_that_a_shell_started_outlives_it(monkeypatch):
+    threads = threading.active_count()
+    StopRequest()
+    monkeypatch.setenv("TWISTNET_LAUNCHER", str(os.getpid()))  # alive, and not the parent
+    assert not StopRequest()
+    assert threading.active_count() == threads
+
+
+def fork(work):
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return process
+
+
+def test_a_process_whose_launcher_died_asks_to_stop_and_ends_itself(monkeypatch):
+    monkeypatch.setattr(preemption, "ORPHAN_GRACE", 0.5)
+    reading, writing = os.pipe()
+
+    def run():
+        os.environ["TWISTNET_LAUNCHER"] = str(os.getppid())
+        stop = StopRequest()
+        os.write(writing, b"started\n")
+        while not stop:
+            time.sleep(0.01)
+        os.write(writing, stop.reason.encode())
+        time.sleep(30)  # as in a collective that waits for ranks that are gone
+        os.write(writing, b"still here")
+
+    def launcher():
+        fork(run)
+        signal.pause()
+
+    process = fork(launcher)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.readline() == b"started\n"
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        killed = time.monotonic()
+        assert pipe.read() == b"its launcher died"
+        assert time.monotonic() - killed < 5
+
+
+def test_torchruns_processes_are_watched_too(monkeypatch):
+    watched = []
+    monkeypatch.setattr(StopRequest, "_watch", lambda self, parent: watched.append(parent))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    StopRequest()
+    assert watched == [os.getppid()]
+
+
+def test_a_launcher_that_died_before_the_run_had_started_counts_too(monkeypatch):
+    """Importing torch takes seconds, in which a sweep can be killed."""
+    process = fork(lambda: None)
+    os.waitpid(process, 0)
+    monkeypatch.setattr(preemption, "ORPHAN_GRACE", 600.0)
+    monkeypatch.setenv("TWISTNET_LAUNCHER", str(process))
+    stop = StopRequest()
+    deadline = time.monotonic() + 2
+    while not stop and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert stop

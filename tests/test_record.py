@@ -1,0 +1,196 @@
+"""training/record.py: the lock, the log, the events, and what made a run."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+
+import pytest
+
+from training import RunError, record
+from training.checkpoint import BEST, LATEST, PREVIOUS
+from training.record import Folder, provenance, read_json, sha256, write_json
+
+
+def child(work):
+    """Fork a process that does `work` and then waits to be killed; its id, once it is done."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+            os.write(writing, b"done")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        assert os.read(reading, 4) == b"done"
+    finally:
+        os.close(reading)
+    return process
+
+
+def kill(process):
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(record.time, "sleep", lambda seconds: None)
+
+
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    holder = child(Folder(folder).lock)
+    try:
+        with pytest.raises(RunError, match=r"deep/run is in use by another running process"):
+            Folder(folder).lock()
+    finally:
+        kill(holder)
+    Folder(folder).lock()
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    def hold_and_fork():
+        folder = Folder(tmp_path)
+        folder.lock()
+        worker = child(lambda: None)
+        (tmp_path / "worker").write_text(str(worker))
+
+    holder = child(hold_and_fork)
+    worker = int((tmp_path / "worker").read_text())
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    try:
+        os.kill(worker, 0)  # still there
+        Folder(tmp_path).lock()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_nothing_to_lock_with_or_to_write_to_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file cannot be written"):
+        Folder(tmp_path / "file").lock()
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(RunError, match="file system without locks .*No locks available"):
+        Folder(tmp_path / "run").lock()
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), [
+    (LATEST, "", True), (BEST, "", True), (PREVIOUS, "", True),
+    ("log.jsonl", '{"epoch": 1}\n', True), ("log.jsonl", "\n", False),
+    ("events.jsonl", "{}\n", False), ("status.json", "{}", False), (None, None, False),
+])
+def test_what_counts_as_a_run(tmp_path, name, content, expected):
+    if name:
+        (tmp_path / name).write_text(content)
+    assert Folder(tmp_path).holds_run() is expected
+    assert Folder(tmp_path / "nowhere").holds_run() is False
+
+
+def test_set_aside_moves_a_runs_files_and_keeps_the_lock(tmp_path):
+    folder = Folder(tmp_path / "run")
+    folder.lock()
+    for name in (LATEST, "log.jsonl", "config.json"):
+        (folder.path / name).write_text(name)
+    (folder.path / "kept").mkdir()
+    target = folder.set_aside(tmp_path / "old" / "run-1")
+    assert sorted(os.listdir(target)) == sorted([LATEST, "log.jsonl", "config.json"])
+    assert (target / LATEST).read_text() == LATEST
+    assert sorted(os.listdir(folder.path)) == [".lock", "kept"]
+    assert not folder.holds_run()
+    waiting = child(lambda: refused(folder.path))
+    kill(waiting)
+
+
+def refused(path):
+    with pytest.raises(RunError):
+        Folder(path).lock()
+
+
+def test_the_log_is_rewritten_whole(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write_log([{"epoch": 1, "lr": 0.1}, {"epoch": 2, "lr": 0.05}])
+    folder.write_log([{"epoch": 1, "lr": 0.1}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1, "lr": 0.1}\n'
+    folder.write_log([])
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_events_are_appended_with_their_time(tmp_path):
+    folder = Folder(tmp_path)
+    folder.event("unreadable_image", file="a b\n.jpg", epoch=3)
+    folder.event("other")
+    first, second = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (first["event"], first["file"], first["epoch"]) == ("unreadable_image", "a b\n.jpg", 3)
+    assert second["event"] == "other" and first["time"][:2] == "20"
+
+
+def test_status_is_replaced(tmp_path):
+    folder = Folder(tmp_path)
+    folder.status("running")
+    folder.status("preempted", epoch=12, step=803)
+    assert read_json(tmp_path / "status.json") == {"state": "preempted", "epoch": 12, "step": 803}
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    (b'{"a": [1, 2.5, null]}', {"a": [1, 2.5, None]}),
+    (b"", None), (b"{", None), (b"[1]", None), (b"3", None), (b"\xff\xfe{}", None), (None, None),
+])
+def test_read_json(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    assert read_json(tmp_path / "x.json") == expected
+
+
+def test_json_is_written_atomically_and_read_back(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+    assert read_json(tmp_path) is None
+
+
+def test_sha256_is_that_of_the_bytes():
+    assert sha256(b"abc") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_provenance_is_plain_text(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/some/where/train.py", "--fold", "2"])
+    made = provenance()
+    assert made["command"] == "train.py --fold 2"
+    assert set(made["versions"]) == {"python", "torch", "torchvision", "numpy"}
+    assert all(type(version) is str for version in made["versions"].values())
+    json.dumps(made)
+
+
+def git(root, *words):
+    subprocess.run(["git", "-C", root, "-c", "user.name=x", "-c", "user.email=x@y", *words],
+                   check=True, capture_output=True)
+
+
+def test_the_commit_is_the_checkouts_own(tmp_path, monkeypatch):
+    module = tmp_path / "training" / "record.py"
+    module.parent.mkdir()
+    module.touch()
+    monkeypatch.setattr(record, "__file__", str(module))
+    assert provenance()["commit"] is None  # a copy without git, perhaps inside another checkout
+    git(tmp_path, "init", "-q")
+    assert provenance()["commit"] is None  # nothing committed yet
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "-m", "x")
+    git(tmp_path, "tag", "v1")
+    commit = provenance()["commit"]
+    assert len(commit) == 40 and set(commit) <= set("0123456789abcdef")
+    module.write_text("changed")
+    assert provenance()["commit"] == f"{commit}-dirty"

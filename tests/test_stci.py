@@ -1,0 +1,215 @@
+"""STCI against its formulas, written out head by head, and the ways it is run."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import build_model
+from models.stci import STCI, Twist
+
+VARIANTS = {
+    "full": {},
+    "no_spiral": {"spiral": False},
+    "no_ais": {"ais": False},
+    "first_order": {"second_order": False},
+}
+
+
+def made(fused=True, channels=24, dtype=torch.float64, **settings):
+    """An STCI none of whose parameters is at a value that would hide a mistake."""
+    torch.manual_seed(0)
+    stci = STCI(channels, **settings).to(dtype)
+    stci.fused = fused
+    with torch.no_grad():
+        for parameter in stci.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return stci
+
+
+def inputs(dtype=torch.float64, channels=24):
+    torch.manual_seed(1)
+    return torch.randn(3, channels, 5, 4, dtype=dtype).relu_().requires_grad_()
+
+
+def unit_by_hand(x):
+    return x / (x * x).sum(1, keepdim=True).clamp_min(1e-12).sqrt()  # max(|x|, 1e-6)
+
+
+def reference(stci, h):
+    """The formulas with a loop over heads, pairs and groups."""
+    heads = []
+    for k in range(4):
+        own = slice(8 * k, 8 * k + 8)
+        x = F.conv2d(h, stci.reduce.weight[own])
+        bn = stci.reduce_bn
+        x = F.batch_norm(x, None, None, bn.weight[own], bn.bias[own], training=True)
+        z = t = torch.where(x > 0, x, 0.0)
+        if stci.twist is not None:
+            t = F.conv2d(z, stci.twist.conv.weight[own], padding=1, groups=8)
+            t = stci.twist.scale[own].view(1, 8, 1, 1) * t
+        z, t = unit_by_hand(z), unit_by_hand(t)
+        heads.append(z)
+        if stci.second_order:
+            for i in range(8):
+                for j in range(i, 8):
+                    heads.append(z[:, i : i + 1] * t[:, j : j + 1])
+    f = torch.cat(heads, 1)
+    if stci.ais is not None:
+        hidden = F.relu(F.linear(f.mean((2, 3)), stci.ais.fc1.weight, stci.ais.fc1.bias))
+        f = (
+            f
+            * torch.sigmoid(F.linear(hidden, stci.ais.fc2.weight, stci.ais.fc2.bias))[
+                ..., None, None
+            ]
+        )
+    normed = []
+    for c in range(0, f.shape[1], 8):
+        group = f[:, c : c + 8]
+        mean = group.mean((1, 2, 3), keepdim=True)
+        variance = ((group - mean) ** 2).mean((1, 2, 3), keepdim=True)
+        normed.append((group - mean) / (variance + 1e-5).sqrt())
+    f = torch.cat(normed, 1) * stci.norm.weight.view(1, -1, 1, 1) + stci.norm.bias.view(1, -1, 1, 1)
+    out = F.conv2d(f, stci.proj.weight)
+    return F.batch_norm(out, None, None, stci.proj_bn.weight, stci.proj_bn.bias, training=True)
+
+
+def gradients(out, stci, h):
+    """Gradients of a sum that weighs every output differently."""
+    weights = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).sin()
+    return torch.autograd.grad((out * weights).sum(), [h, *stci.parameters()])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bias", [0.0, -1.5])  # with -1.5 most positions have no active channel
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_and_gradients_are_the_formulas(variant, bias, fused):
+    stci, h = made(fused, **VARIANTS[variant]), inputs()
+    with torch.no_grad():
+        stci.reduce_bn.bias.add_(bias)
+    out, want = stci(h), reference(stci, h)
+    torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-10)
+    for got, expected in zip(gradients(out, stci, h), gradients(want, stci, h), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_test_sees_the_channels_of_the_variants():
+    widths = {name: made(**settings).proj.in_channels for name, settings in VARIANTS.items()}
+    assert widths == {"full": 176, "no_spiral": 176, "no_ais": 176, "first_order": 32}
+    assert made().ais.fc1.out_features == 44
+    assert made(second_order=False).ais.fc1.out_features == 16
+    assert made().norm.num_groups == 22
+    assert made(second_order=False).norm.num_groups == 4
+
+
+def test_a_fresh_model_has_the_directional_and_the_small_start():
+    kernels = {  # y points down: rows are y = -1, 0, 1
+        0: [[0, 0, 0], [0, 0.5, 0.5], [0, 0, 0]],
+        1: [[0, 0, 0], [0, 0.5, 0], [0, 0, 0.5]],
+        2: [[0, 0, 0], [0, 0.5, 0], [0, 0.5, 0]],
+        3: [[0, 0, 0], [0, 0.5, 0], [0.5, 0, 0]],
+    }
+    want = torch.tensor([kernels[k] for k in range(4) for _ in range(8)])[:, None]
+    torch.manual_seed(0)
+    model = build_model("twistnet18", 5, "none")
+    blocks = [module for module in model.modules() if isinstance(module, STCI)]
+    assert len(blocks) == 4
+    for stci in blocks:
+        assert torch.equal(stci.twist.conv.weight, want)
+        assert torch.equal(stci.twist.scale, torch.ones(32))
+        assert stci.proj.weight.std().item() == pytest.approx(0.01, rel=0.03)
+        assert stci.reduce.weight.std().item() == pytest.approx(0.5, rel=0.03)  # sqrt(2 / 8)
+    assert [block.gate.item() for layer in (model.layer3, model.layer4) for block in layer] == [
+        -2
+    ] * 4
+    # kaiming fan_out of a 3x3 convolution to 512 channels: sqrt(2 / (512 * 9))
+    assert model.layer4[1].conv2.weight.std().item() == pytest.approx(0.02083, rel=0.01)
+
+
+def test_the_first_head_looks_one_step_to_the_right():
+    z = torch.zeros(1, 32, 3, 3)
+    z[0, :, 1, 1] = 1.0
+    t = Twist(32)(z)
+    seen = [[tuple(p) for p in t[0, 8 * k].nonzero().tolist()] for k in range(4)]
+    # a position sees its own value and the one a step further on: the pixel is seen from behind
+    assert seen == [[(1, 0), (1, 1)], [(0, 0), (1, 1)], [(0, 1), (1, 1)], [(0, 2), (1, 1)]]
+
+
+def test_memory_formats_agree():
+    stci, h = made(), inputs()
+    last = h.detach().to(memory_format=torch.channels_last).requires_grad_()
+    out, out_last = stci(h), stci(last)
+    torch.testing.assert_close(out, out_last, rtol=1e-12, atol=1e-12)
+    for a, b in zip(gradients(out, stci, h), gradients(out_last, stci, last), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast_stays_near_float32(variant, dtype):
+    stci, h = made(dtype=torch.float32, **VARIANTS[variant]), inputs(torch.float32)
+    exact = stci(h)
+    with torch.autocast("cpu", dtype):
+        out = stci(h)
+    error = (out.float() - exact).std() / exact.std()
+    assert error < (0.05 if dtype is torch.bfloat16 else 0.01)
+    for gradient in gradients(out, stci, h):
+        assert gradient.dtype == torch.float32 and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_autocast_is_as_exact_as_plain_autocast(dtype):
+    h, stci = inputs(torch.float32), made(False, dtype=torch.float32)
+    exact = [stci(h)]
+    exact += gradients(exact[0], stci, h)
+    errors = {}
+    for fused in (True, False):
+        stci.fused = fused
+        with torch.autocast("cpu", dtype):
+            out = stci(h)
+        got = [out.float(), *gradients(out, stci, h)]
+        errors[fused] = [(a - b).norm().item() for a, b in zip(got, exact, strict=True)]
+    # short vectors magnify the rounding of z, so the gradients' own error is large in both
+    assert errors[True][0] < 1.2 * errors[False][0]
+    assert sum(errors[True]) < 1.5 * sum(errors[False])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_network_converted_to_bfloat16_runs(fused):
+    stci, h = made(fused, dtype=torch.float32), inputs(torch.float32)
+    exact = stci(h)
+    out = stci.bfloat16()(h.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).std() < 0.05 * exact.std()
+
+
+def test_two_runs_are_bit_identical():
+    stci, h = made(dtype=torch.float32), inputs(torch.float32)
+    first, second = gradients(stci(h), stci, h), gradients(stci(h), stci, h)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_is_the_same(variant):
+    torch._dynamo.reset()
+    stci, h = made(**VARIANTS[variant]), inputs()
+    want = stci(h)
+    wanted = gradients(want, stci, h)
+    out = torch.compile(stci, backend="aot_eager", fullgraph=True)(h)
+    torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-10)
+    for a, b in zip(gradients(out, stci, h), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_exported_is_the_same_at_another_batch_size():
+    stci, h = made(dtype=torch.float32).eval(), inputs(torch.float32).detach()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(stci, (h,), dynamic_shapes=({0: batch},))
+    more = torch.cat([h, h.flip(0)])
+    torch.testing.assert_close(program.module()(more), stci(more), rtol=1e-4, atol=1e-5)
+
+
+def test_a_synchronised_batchnorm_finds_its_modules():
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(made())
+    assert isinstance(converted.reduce_bn, nn.SyncBatchNorm)
+    assert isinstance(converted.proj_bn, nn.SyncBatchNorm)

@@ -1,0 +1,179 @@
+"""data/transforms.py: torchvision's augmentation to the bit, applied to groups of a batch."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from data.sampling import seeded
+from data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augment,
+    EvalTransform,
+    RandAugment,
+    TrainTransform,
+    normalise,
+)
+
+SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
+          "Contrast", "Sharpness"}
+
+
+def images(count, height=20, width=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(("num_ops", "magnitude"), [(1, 9), (2, 9), (3, 15)])
+def test_a_batch_is_augmented_as_torchvision_does_each_image_alone(num_ops, magnitude):
+    batch = images(160)
+    kept = batch.clone()
+    theirs, draws = [], []
+    for i, image in enumerate(batch):
+        with seeded(i):
+            theirs.append(v2.RandAugment(num_ops, magnitude)(image))
+        with seeded(i):
+            draws.append(RandAugment.draw(num_ops))
+    draws = torch.stack(draws)
+    ours = RandAugment(magnitude=magnitude)(batch, draws)
+    assert draws.shape == (160, num_ops, 2) and draws.dtype == torch.int64
+    assert torch.equal(ours, torch.stack(theirs))
+    assert torch.equal(batch, kept)
+    drawn = {(RandAugment.OPS[op], sign) for op, sign in draws.flatten(0, 1).tolist()}
+    assert drawn == {(op, s) for op in RandAugment.OPS for s in ((0, 1) if op in SIGNED else (0,))}
+
+
+def test_the_draw_takes_from_the_generator_what_torchvision_takes():
+    for i in range(30):
+        with seeded(i):
+            v2.RandAugment(2)(images(1)[0])
+            after_theirs = torch.rand(())
+        with seeded(i):
+            RandAugment.draw(2)
+            assert torch.equal(torch.rand(()), after_theirs)
+
+
+def test_ops_are_drawn_evenly_and_half_of_the_signed_are_negated():
+    with seeded(0):
+        draws = torch.cat([RandAugment.draw(2) for _ in range(3500)])
+    n = len(draws)
+    ops = torch.bincount(draws[:, 0], minlength=14)
+    sigma = (n * 1 / 14 * 13 / 14) ** 0.5
+    assert len(ops) == 14 == len(RandAugment.OPS)
+    assert (ops - n / 14).abs().max() < 4 * sigma
+    for op, name in enumerate(RandAugment.OPS):
+        signs = draws[draws[:, 0] == op, 1].double()
+        if name in SIGNED:
+            assert abs(signs.mean() - 0.5) < 4 * 0.5 / len(signs) ** 0.5
+        else:
+            assert not signs.any()
+
+
+def test_normalise_is_torchvisions_within_rounding():
+    batch = images(4)
+    theirs = v2.functional.normalize(
+        v2.functional.to_dtype(batch, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
+    ours = normalise(batch)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    black_and_white = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+                                .expand(2, 3, 1, 1))
+    expected = torch.tensor([[-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.6400]])  # by hand
+    torch.testing.assert_close(black_and_white[:, :, 0, 0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "resized"), [(224, 256), (128, 146), (64, 73), (32, 37)])
+@pytest.mark.parametrize("shape", [(90, 60), (300, 500)])
+def test_evaluation_resizes_in_proportion_and_crops_the_centre(size, resized, shape):
+    image = images(1, *shape)[0]
+    plain = v2.Compose([v2.Resize(resized, v2.InterpolationMode.BICUBIC, antialias=True),
+                        v2.CenterCrop(size)])
+    ours = EvalTransform(size)(image)
+    assert ours.shape == (3, size, size) and ours.dtype == torch.uint8
+    assert torch.equal(ours, plain(image))
+
+
+def test_training_crops_and_flips_as_the_plain_recipe_does():
+    image = images(1, 60, 90)[0]
+    plain = v2.Compose([
+        v2.RandomResizedCrop(32, scale=(0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(), v2.RandAugment(2, 9)])
+    for i in range(20):
+        with seeded(i):
+            expected = plain(image)
+        with seeded(i):
+            crop, draws = TrainTransform(32, scale=(0.2, 1.0))(image)
+        assert crop.shape == (3, 32, 32) and crop.dtype == torch.uint8
+        assert torch.equal(RandAugment(magnitude=9)(crop[None], draws[None])[0], expected)
+
+
+def grey_levels(values):
+    """Constant images: MixUp and CutMix can be told by their pixels."""
+    return torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 16, 16)
+
+
+def mixed(step, micro=0, *, seed=0, mixup=1.0):
+    """Two classes, black and white, no RandAugment: images back in 0 to 1, targets."""
+    augment = Augment(2, seed=seed, magnitude=9, mixup=mixup, cutmix=1.0)
+    inputs, targets = augment(grey_levels([0, 255]), torch.tensor([0, 1]),
+                              torch.zeros(2, 2, 2, dtype=torch.int64), step=step, micro=micro)
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
+    return inputs * std + mean, targets
+
+
+def test_targets_are_the_shares_of_the_pixels_in_mixup_and_in_cutmix():
+    cut = 0
+    for step in range(200):
+        pixels, targets = mixed(step)
+        assert targets.shape == (2, 2)
+        torch.testing.assert_close(targets.sum(1), torch.ones(2))
+        # The share of white is the target of the white class, whichever of the two mixed.
+        torch.testing.assert_close(pixels.mean((1, 2, 3)), targets[:, 1], rtol=0, atol=1e-5)
+        pure = torch.minimum(pixels, 1 - pixels).abs().max() < 1e-5
+        cut += bool(pure)
+    assert 70 < cut < 130  # half of 200 within 4 sigma
+
+
+def test_mixing_keeps_the_sum_of_all_targets():
+    augment = Augment(5, seed=0, magnitude=9, mixup=0.2, cutmix=1.0)
+    labels = torch.tensor([0, 1, 2, 3, 4, 4, 4, 0])
+    for step in range(20):
+        inputs, targets = augment(images(8), labels, torch.zeros(8, 2, 2, dtype=torch.int64),
+                                  step=step, micro=1)
+        assert inputs.shape == (8, 3, 20, 24) and inputs.dtype == torch.float32
+        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+        torch.testing.assert_close(targets.sum(0), torch.bincount(labels).float())
+
+
+def test_mixing_is_a_function_of_seed_step_and_micro_batch():
+    before = torch.get_rng_state()
+    pixels, targets = mixed(3, 1)
+    torch.manual_seed(99)
+    again, targets_again = mixed(3, 1)
+    assert torch.equal(again, pixels) and torch.equal(targets_again, targets)
+    for other in (mixed(4, 1), mixed(3, 2), mixed(3, 1, seed=1)):
+        assert not torch.equal(other[1], targets)
+    torch.set_rng_state(before)
+    mixed(3, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_small_alpha_hardly_mixes_and_a_large_one_does():
+    def least_share(alpha):
+        shares = [mixed(step, mixup=alpha)[1].min().item() for step in range(120)]
+        return np.mean(shares)
+    assert least_share(0.05) < least_share(1.0) - 0.03
+
+
+def test_randaugment_is_applied_before_mixing():
+    augment = Augment(2, seed=0, magnitude=9, mixup=1.0, cutmix=1.0)
+    batch, labels = images(2), torch.tensor([0, 1])
+    op = RandAugment.OPS.index("Equalize")
+    draws = torch.tensor([[[op, 0]], [[op, 0]]])
+    equalised = torch.stack([v2.functional.equalize(image) for image in batch])
+    none = torch.zeros(2, 1, 2, dtype=torch.int64)
+    ours, _ = augment(batch, labels, draws, step=0, micro=0)
+    expected, _ = augment(equalised, labels, none, step=0, micro=0)
+    assert torch.equal(ours, expected)
+    assert not torch.equal(ours, augment(batch, labels, none, step=0, micro=0)[0])

@@ -1,0 +1,483 @@
+"""Where weights come from, what is printed about them, and which files are refused."""
+
+import hashlib
+import io
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torchvision.models import ResNet18_Weights
+
+from models import MODELS, ModelError, build_model, weights
+from models.weights import find_weights, load_trained, weights_identity
+
+CLASSES = 10
+FILE = Path("weights/twistnet18_imagenet.pt")
+
+
+@pytest.fixture(scope="module")
+def states():
+    """One state dict of 10 classes a network, built when it is asked for."""
+    built = {}
+
+    def state(name):
+        if name not in built:
+            torch.manual_seed(3)
+            model = MODELS[name](CLASSES)
+            with torch.no_grad():
+                for x in model.state_dict().values():
+                    x.add_(torch.rand(x.shape).mul(0.01).to(x.dtype))
+            built[name] = model.state_dict()
+        return dict(built[name])
+
+    return state
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test runs in an empty folder, with an empty script folder and no network."""
+    (tmp_path / "here" / "weights").mkdir(parents=True)
+    (tmp_path / "script" / "weights").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(weights, "SCRIPT_DIR", tmp_path / "script")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def no_network(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    return tmp_path
+
+
+def save(state, path=FILE, **record):
+    torch.save(state, path)
+    if record:
+        record.setdefault("sha256", hashlib.sha256(Path(path).read_bytes()).hexdigest())
+        Path(path).with_suffix(".json").write_text(json.dumps(record))
+
+
+def torchvision_cache(tmp_path, state):
+    """Put a state dict where torch.hub keeps torchvision's ResNet-18."""
+    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
+
+
+def same(model, state, names):
+    own = model.state_dict()
+    return all(torch.equal(own[name], state[name]) for name in names)
+
+
+RECORD = {"model": "twistnet18", "classes": 10, "epochs": 3, "top1": 41.256, "top5": 88.1}
+
+
+def test_own_weights_are_found_and_reported_to_the_letter(states, capsys):
+    state = states("twistnet18")
+    save(state, **RECORD)
+    model = build_model("twistnet18", 47)
+    lines = capsys.readouterr().out.splitlines()
+    body = [name for name in state if not name.startswith("fc.")]
+    assert lines[0] == "[Auto-detected] Found TwistNet weights: weights/twistnet18_imagenet.pt"
+    assert lines[1] == (
+        f"[TwistNet Pretrained] Loaded {len(body)} layers from weights/twistnet18_imagenet.pt"
+    )
+    assert lines[2].endswith("10 classes, 3 epochs, top-1 41.26 %, top-5 88.10 %")
+    assert lines[3:] == [
+        "[TwistNet Pretrained] Left out of the file: fc.*",
+        "[TwistNet Pretrained] New in the network: fc.*",
+    ]
+    assert same(model, state, body)
+    digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
+    origin = {"source": str(FILE), "sha256": digest, "tensors_loaded": len(body)}
+    assert model.weights_origin == origin
+    assert weights_identity("twistnet18") == {"source": str(FILE), "sha256": digest}
+
+
+def test_the_trained_ais_layers_are_loaded(states):
+    state = states("twistnet18")
+    save(state)
+    names = [name for name in state if ".ais.fc" in name]
+    assert len(names) == 16
+    assert same(build_model("twistnet18", 3), state, names)
+
+
+@pytest.mark.parametrize(
+    ("name", "title"), [("resnet18", "ResNet-18"), ("seresnet18", "SE-ResNet-18")]
+)
+def test_the_baselines_own_files_have_their_names(name, title, states, capsys):
+    save(states(name), f"weights/{name}_imagenet.pt")
+    build_model(name, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"[Auto-detected] Found {title} weights: weights/{name}_imagenet.pt"
+    assert re.fullmatch(
+        rf"\[{title} Pretrained\] Loaded \d+ layers from weights/{name}_imagenet.pt", lines[1]
+    )
+
+
+def test_weights_are_looked_for_here_then_beside_the_script(elsewhere):
+    script = elsewhere / "script" / "weights"
+    places = [
+        script / "twistnet18_imagenet.pt",
+        Path("weights/twistnet18_imagenet.pt"),
+        script / "twistnet18_no_ais_imagenet.pt",
+        Path("weights/twistnet18_no_ais_imagenet.pt"),
+    ]
+    assert find_weights("twistnet18_no_ais") is None
+    for place in places:  # from the last choice to the first
+        place.touch()
+        assert find_weights("twistnet18_no_ais") == place
+    assert find_weights("twistnet18") == places[1]
+    assert find_weights("resnet18") is None and find_weights("seresnet18") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("twistnet18_no_spiral", "layer3.0.stci.twist.*"),
+        ("twistnet18_no_ais", "layer3.0.stci.ais.*"),
+        ("twistnet18_first_order", "layer3.0.stci.proj.*"),
+    ],
+)
+def test_ablations_take_what_fits_of_twistnet18(name, left_out, states, capsys):
+    state = states("twistnet18")
+    save(state)
+    model = build_model(name, 47)
+    own = model.state_dict()
+    fitting = [
+        k for k in own if k in state and state[k].shape == own[k].shape and not k.startswith("fc.")
+    ]
+    assert same(model, state, fitting)
+    assert model.weights_origin["tensors_loaded"] == len(fitting)
+    out = capsys.readouterr().out
+    assert f"[TwistNet Pretrained] Loaded {len(fitting)} layers from {FILE}\n" in out
+    assert left_out in re.search("Left out of the file: (.*)", out)[1].split(", ")
+
+
+@pytest.mark.parametrize("record", ["missing", "unreadable", "list", "other sha256", "no accuracy"])
+def test_one_line_says_when_nothing_is_known(record, states, capsys):
+    save(states("twistnet18"))
+    digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
+    text = {
+        "unreadable": "{",
+        "list": "[1]",
+        "other sha256": json.dumps(RECORD | {"sha256": "0" * 64}),
+        "no accuracy": json.dumps(RECORD | {"sha256": digest, "top1": None}),
+    }
+    if record in text:
+        FILE.with_suffix(".json").write_text(text[record])
+    build_model("twistnet18", 10)
+    line = capsys.readouterr().out.splitlines()[2]
+    reason = {"missing": "no twist", "other sha256": "belongs to another file"}
+    assert "Classes, epochs and accuracy unknown: " in line
+    assert reason.get(record, "cannot be read") in line and "41" not in line
+
+
+def test_torchvisions_weights_for_resnet18(states, elsewhere, capsys):
+    state = {k: x for k, x in states("resnet18").items() if "num_batches" not in k}
+    torchvision_cache(elsewhere, state)
+    model = build_model("resnet18", 47)
+    assert same(model, state, [name for name in state if not name.startswith("fc.")])
+    origin = model.weights_origin
+    assert origin["sha256"] is None and origin["tensors_loaded"] == 100
+    assert weights_identity("resnet18") == {"source": origin["source"], "sha256": None}
+    assert "torchvision" in origin["source"]
+    assert "[ResNet-18 Pretrained] Loaded 100 layers from torchvision" in capsys.readouterr().out
+
+
+def test_torchvisions_weights_for_seresnet18_leave_se_new(states, elsewhere, capsys):
+    state = states("resnet18")
+    torchvision_cache(elsewhere, state)
+    model = build_model("seresnet18", 47)
+    assert same(model, state, [name for name in state if not name.startswith("fc.")])
+    new = re.search("New in the network: (.*)", capsys.readouterr().out)[1].split(", ")
+    assert len(new) == 9 and new[0] == "layer1.0.se.*" and new[-1] == "fc.*"
+
+
+def test_a_wrong_file_in_torchvisions_place_is_refused(states, elsewhere):
+    torchvision_cache(elsewhere, dict(list(states("resnet18").items())[:50]))
+    with torch.device("meta"), pytest.raises(ModelError, match="resnet18-.* is no ResNet-18"):
+        build_model("twistnet18", 3)
+
+
+def test_a_head_is_not_kept_on_a_part(states):
+    save(states("twistnet18"))
+    with torch.device("meta"), pytest.raises(ModelError, match="it holds twistnet18"):
+        build_model("twistnet18_no_ais", CLASSES, keep_head=True)
+
+
+def test_seresnet18_takes_a_resnet18_file(states):
+    save(states("resnet18"), "r.pt")
+    assert build_model("seresnet18", 3, "r.pt").weights_origin["tensors_loaded"] == 120
+
+
+@pytest.mark.parametrize("name", ["twistnet18", "twistnet18_no_ais"])
+def test_the_fallback_takes_the_early_layers_and_warns(name, states, elsewhere, capsys):
+    state = states("resnet18")
+    torchvision_cache(elsewhere, state)
+    model = build_model(name, 1000)
+    early = [k for k in state if k.startswith(("conv1", "bn1", "layer1.", "layer2."))]
+    assert same(model, state, early)
+    assert model.weights_origin["tensors_loaded"] == len(early)
+    assert not torch.equal(model.layer3[0].conv1.weight, state["layer3.0.conv1.weight"])
+    out = capsys.readouterr().out
+    assert "[TwistNet Pretrained] Loaded" not in out
+    assert "not recommended" in out and "run pretrain_imagenet.py first" in out
+    counted = {
+        "twistnet18": "683,072 of 12,077,852 parameters = 5.7 %",
+        "twistnet18_no_ais": "683,072 of 12,015,020 parameters = 5.7 %",
+    }
+    assert counted[name] in out
+    assert "Left out of the file: layer3.*, layer4.*, fc.*" in out
+
+
+def test_no_weights_and_no_network_is_one_clear_error(elsewhere):
+    for name in MODELS:
+        with torch.device("meta"), pytest.raises(ModelError) as error:
+            build_model(name, 10)
+        message = str(error.value)
+        assert f"weights/{name}_imagenet.pt" in message
+        assert str(elsewhere / "script" / "weights" / f"{name}_imagenet.pt") in message
+        assert "--pretrained none" in message and "\n" not in message
+
+
+def test_none_starts_new_whatever_lies_there(states, capsys):
+    save(states("twistnet18"))
+    model = build_model("twistnet18", 10, "none")
+    origin = {"source": "none", "sha256": None, "tensors_loaded": 0}
+    assert model.weights_origin == origin and capsys.readouterr().out == ""
+    assert weights_identity("twistnet18", "none") == {"source": "none", "sha256": None}
+
+
+def test_the_classifier_starts_new_unless_it_is_kept(states):
+    state = states("resnet18")
+    save(state, "r.pt")
+    assert not same(build_model("resnet18", CLASSES, "r.pt"), state, ["fc.weight"])
+    assert same(build_model("resnet18", CLASSES, "r.pt", keep_head=True), state, list(state))
+    with pytest.raises(ModelError, match=r"r.pt: fc.weight is \(10, 512\).*\(11, 512\)"):
+        build_model("resnet18", 11, "r.pt", keep_head=True)
+    assert build_model("resnet18", 0, "r.pt").weights_origin["tensors_loaded"] == 120
+
+
+@pytest.mark.parametrize(
+    ("prefix", "key"),
+    [
+        ("module.", None),
+        ("_orig_mod.", "model"),
+        ("module._orig_mod.", "state_dict"),
+        ("_orig_mod.module.", "model"),
+    ],
+)
+def test_wrapped_files_are_opened(prefix, key, states):
+    state = states("resnet18")
+    wrapped = {prefix + name: x for name, x in state.items()}
+    save(wrapped if key is None else {key: wrapped, "epoch": 3}, "w.pt")
+    model = build_model("resnet18", CLASSES, "w.pt", keep_head=True)
+    assert same(model, state, list(state))
+
+
+def refused(path, name="twistnet18"):
+    with torch.device("meta"):
+        model = MODELS[name](CLASSES)  # it is refused before anything is written to it
+    with pytest.raises(ModelError) as error:
+        weights.load_pretrained(model, name, str(path), keep_head=False)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    return str(error.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("was_run"),)
+
+
+class EvilCall:
+    def __reduce__(self):
+        return eval, ("open('was_run', 'w')",)
+
+
+@pytest.mark.parametrize("evil", [Evil, EvilCall])
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_file_that_carries_code_is_refused_and_runs_nothing(evil, old_format, states):
+    content = {"model": {"conv1.weight": torch.zeros(1)}, "config": evil()}
+    torch.save(content, "evil.pt", _use_new_zipfile_serialization=not old_format)
+    assert "carries code" in refused("evil.pt")
+    Path("evil.pt").write_bytes(pickle.dumps(evil(), protocol=2))
+    refused("evil.pt")
+    for load in (load_trained, lambda path: build_model("resnet18", 10, path, keep_head=True)):
+        with pytest.raises(ModelError):
+            load("evil.pt")
+    assert not Path("was_run").exists()
+
+
+def test_damaged_files_are_refused(states):
+    save(states("twistnet18"), "x.pt")
+    whole = Path("x.pt").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 4
+    Path("flipped.pt").write_bytes(flipped)
+    assert "checksum" in refused("flipped.pt")
+    Path("torn.pt").write_bytes(whole[: len(whole) // 2])
+    Path("empty.pt").write_bytes(b"")
+    Path("text.pt").write_text("404: Not Found")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("readme.txt", "a zip of something else")
+    Path("zip.pt").write_bytes(buffer.getvalue())
+    for path in ("torn.pt", "empty.pt", "text.pt", "zip.pt"):
+        assert "damaged or no weights file" in refused(path)
+
+
+def test_files_without_a_state_dict_are_refused():
+    for content in ({}, [torch.ones(1)], {"model": {}}, {"epoch": 3}, torch.ones(2)):
+        torch.save(content, "x.pt")
+        assert "no state dict" in refused("x.pt")
+
+
+def test_a_path_that_is_not_there_is_refused():
+    for path in ("nothing.pt", "weights"):
+        assert "--pretrained" in refused(path)
+        with pytest.raises(ModelError):
+            weights_identity("resnet18", path)
+
+
+def test_tensors_that_are_not_finite_are_named(states):
+    state = states("twistnet18")
+    for name, value in (("conv1.weight", float("nan")), ("fc.bias", float("inf"))):
+        state[name] = state[name].clone()
+        state[name].view(-1)[1] = value
+    save(state, "nan.pt")
+    message = refused("nan.pt")
+    assert f"2 of {len(state)} tensors are not finite (conv1.weight, fc.bias)" in message
+
+
+def test_another_architecture_is_named_with_its_tensors(states):
+    save(states("resnet18"), "r.pt")
+    message = refused("r.pt")
+    # four gates and in each STCI 22 tensors but the two BatchNorms' counters
+    assert "missing (layer3.0.gate, layer3.0.stci.reduce.weight," in message
+    assert message.endswith("it holds resnet18")
+    save(states("twistnet18"), "t.pt")
+    assert "unexpected (layer3.0.gate" in refused("t.pt", "resnet18")
+    save(states("twistnet18_no_ais"), "n.pt")
+    assert "16 missing (layer3.0.stci.ais.fc1.weight" in refused("n.pt")
+    assert "twistnet18_no_ais" in refused("n.pt", "twistnet18_no_spiral")
+
+
+def test_half_a_state_dict_is_refused(states):
+    state = states("resnet18")
+    half = dict(list(state.items())[:61])
+    save(half, "half.pt")
+    message = refused("half.pt", "resnet18")
+    counters = [k for k in state if k not in half and k.endswith("num_batches_tracked")]
+    assert f"{len(state) - 61 - 2 - len(counters)} missing (" in message  # fc's two may be left out
+
+
+def test_misshapen_tensors_are_named_with_both_shapes(states):
+    state = states("resnet18")
+    state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
+    save(state, "small.pt")
+    message = refused("small.pt", "resnet18")
+    assert "1 misshapen (conv1.weight (64, 3, 3, 3) not (64, 3, 7, 7))" in message
+
+
+def to_authors(state):
+    """Our TwistNet under the authors' names, from their description."""
+    theirs = {}
+    for name, x in state.items():
+        block, _, rest = name.partition(".stci.")
+        module, _, leaf = rest.rpartition(".")
+        if not rest:
+            name = re.sub(r"^conv1\.", "stem.0.", name)
+            theirs[re.sub(r"^bn1\.", "stem.1.", name)] = x
+        elif module in ("reduce", "reduce_bn", "twist.conv", "twist"):
+            for k in range(4):
+                part = x if leaf == "num_batches_tracked" else x[8 * k : 8 * k + 8]
+                part = part.view(1, 8, 1, 1) if leaf == "scale" else part
+                their = {
+                    "reduce": "reduce.0",
+                    "reduce_bn": "reduce.1",
+                    "twist.conv": "twist.dwconv",
+                    "twist": "twist",
+                }[module]
+                theirs[f"{block}.mhstci.heads.{k}.{their}.{leaf}"] = part
+        else:
+            their = {
+                "ais.fc1": "ais.fc.2",
+                "ais.fc2": "ais.fc.4",
+                "norm": "norm",
+                "proj": "proj.0",
+                "proj_bn": "proj.1",
+            }[module]
+            theirs[f"{block}.mhstci.{their}.{leaf}"] = x
+    for block in sorted({name.partition(".mhstci.")[0] for name in theirs if ".mhstci." in name}):
+        for k in range(4):
+            i, j = torch.triu_indices(8, 8)
+            theirs |= {f"{block}.mhstci.heads.{k}.idx_{n}": x for n, x in (("i", i), ("j", j))}
+    return theirs
+
+
+@pytest.mark.parametrize("name", ["twistnet18", "twistnet18_no_ais", "twistnet18_no_spiral"])
+def test_authors_checkpoints_give_the_same_logits(name, states):
+    state = states(name)
+    ours = MODELS[name](CLASSES).eval()
+    ours.load_state_dict(state)
+    theirs = {f"module.{k}": x for k, x in to_authors(state).items()}
+    assert "module.layer4.1.mhstci.heads.3.reduce.0.weight" in theirs
+    save({"state_dict": theirs, "epoch": 600}, "authors.pt")
+    loaded = build_model(name, CLASSES, "authors.pt", keep_head=True).eval()
+    assert loaded.weights_origin["tensors_loaded"] == len(state)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), ours(images))
+
+
+def test_authors_first_order_is_refused_with_the_reason(states):
+    save(to_authors(states("resnet18")), "first.pt")
+    message = refused("first.pt", "twistnet18_first_order")
+    assert "no STCI at all" in message and "plain ResNet-18" in message
+
+
+def test_authors_files_with_other_pairs_or_fewer_heads_are_refused(states):
+    theirs = to_authors(states("twistnet18"))
+    key = "layer3.1.mhstci.heads.2.idx_j"
+    save(theirs | {key: theirs[key].flip(0)}, "pairs.pt")
+    assert key in refused("pairs.pt")
+    save({k: x for k, x in theirs.items() if ".heads.3." not in k}, "three.pt")
+    assert "heads [0, 1, 2]" in refused("three.pt")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_load_trained_knows_the_network(name, states):
+    state = states(name)
+    names = [f"class {i}" for i in range(CLASSES)]
+    save({"model": state, "config": {"model": name}, "classes": names}, "best.pt")
+    model, info = load_trained("best.pt")
+    assert not model.training and same(model, state, list(state))
+    assert info["model"] == name and info["classes"] == names
+    assert info["num_classes"] == CLASSES and info["config"] == {"model": name}
+    assert info["sha256"] == hashlib.sha256(Path("best.pt").read_bytes()).hexdigest()
+
+
+def test_load_trained_reads_the_record_of_plain_weights(states, capsys):
+    names = [f"n{i:08d}" for i in range(CLASSES)]
+    save(states("twistnet18"), **RECORD, class_names=names)
+    _, info = load_trained(FILE)
+    assert info["classes"] == names and info["record"]["top1"] == 41.256
+    FILE.with_suffix(".json").unlink()
+    _, info = load_trained(FILE)
+    assert info["classes"] is None and info["record"] is None
+    assert capsys.readouterr().out == ""
+
+
+def test_load_trained_wants_a_classifier(states):
+    state = {k: x for k, x in states("resnet18").items() if not k.startswith("fc.")}
+    save(state, "body.pt")
+    with pytest.raises(ModelError, match="no classifier"):
+        load_trained("body.pt")
+    save({"something.weight": torch.ones(3)}, "other.pt")
+    with pytest.raises(ModelError, match="does not fit"):
+        load_trained("other.pt")

@@ -1,0 +1,185 @@
+"""Kill a real pretraining again and again, and show that nothing was lost.
+
+  python -m tools.torture --kills 50
+
+Pretrains on synthetic textures under torchrun with two processes: once undisturbed, and once
+killed (-9) or signalled at random moments, a rank or torchrun itself, and resumed each time. At
+the end both have the same weights, bit for bit, and the same log but for its timings.
+"""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import pretrain_imagenet
+from data.synthetic import write_imagenet_tree
+from training.command_line import Parser, at_least, run
+from training.engine import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMINGS = ("images_per_s", "data_wait", "seconds")
+BLOWS = (("torchrun", signal.SIGKILL), ("torchrun", signal.SIGTERM), ("torchrun", signal.SIGINT),
+         ("rank", signal.SIGKILL), ("rank", signal.SIGTERM), ("rank", signal.SIGUSR1))
+
+
+class NotEqual(Exception):
+    """The disturbed run is not the run it would have been."""
+
+
+@dataclass
+class Tally:
+    """What the table at the end counts. Steps are global steps."""
+
+    kills: dict[str, int] = field(default_factory=dict)
+    resumes: int = 0
+    fallbacks: int = 0
+
+
+
+def command(folder: Path, data: Path, epochs: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+            "--monitor_interval=0.05", __file__, "--record", str(folder / "steps"),
+            "--data_dir", str(data),
+            "--model", "twistnet18", "--img_size", "32", "--batch_size", "4", "--workers", "1",
+            "--epochs", str(epochs), "--save_minutes", "0.03", "--resume", "auto",
+            "--checkpoint_dir", str(folder / "checkpoints"), "--weights_dir", str(folder)]
+
+
+def ranks(torchrun: int) -> list[int]:
+    """The process ids of torchrun's children."""
+    try:
+        text = Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text()
+    except OSError:
+        return []
+    return [int(word) for word in text.split()]
+
+
+def pretrain_recorded(record: str, arguments: list[str]) -> None:
+    """pretrain_imagenet.py, as a rank of torchrun, noting each step that it has done."""
+    original = Trainer.step
+    file = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def step(self, batches, *, step: int, lr: float) -> None:
+        original(self, batches, step=step, lr=lr)
+        if self.world.main:
+            os.write(file, f"{step}\n".encode())
+
+    Trainer.step = step
+    run(lambda: pretrain_imagenet.main(arguments))
+
+
+def attempt(folder: Path, data: Path, epochs: int, rng: random.Random | None, tally: Tally) -> bool:
+    """Start or resume; strike at a random moment if `rng` is given. Whether the run is finished."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with open(folder / "output.log", "ab") as log:
+        start = log.tell()
+        process = subprocess.Popen(command(folder, data, epochs), stdout=log, stderr=log, env=env)
+    if rng:
+        strike(folder, process, rng, tally)
+    code = process.wait()
+    wait_for_ranks(folder)
+    output = (folder / "output.log").read_bytes()[start:]
+    tally.fallbacks += output.count(b"; going on from ")
+    return code == 0
+
+
+def strike(folder: Path, process: subprocess.Popen, rng: random.Random, tally: Tally) -> None:
+    """One blow, at a moment from the first second of training to well into it."""
+    status = folder / "checkpoints" / "status.json"
+    before = status.stat().st_mtime_ns if status.exists() else 0
+    while process.poll() is None and (
+            not status.exists() or status.stat().st_mtime_ns == before):
+        time.sleep(0.05)  # still importing: there is nothing yet to lose
+    time.sleep(rng.uniform(0, 4))
+    target, number = rng.choice(BLOWS)
+    victims = ranks(process.pid) if target == "rank" else [process.pid]
+    if process.poll() is None and victims:
+        os.kill(rng.choice(victims), number)
+        name = f"{target} {number.name}"
+        tally.kills[name] = tally.kills.get(name, 0) + 1
+
+
+def wait_for_ranks(folder: Path) -> None:
+    """Until nobody holds the checkpoint folder: ranks notice within seconds that torchrun is gone."""
+    deadline = time.monotonic() + 60
+    with open(folder / "checkpoints" / ".lock", "a") as lock:
+        while time.monotonic() < deadline:
+            try:
+                return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(0.1)
+    raise NotEqual(f"ranks of a dead torchrun still hold {folder} after a minute")
+
+
+def final(folder: Path) -> tuple[dict, list[dict]]:
+    """The exported weights, and the log without what depends on the clock."""
+    weights = torch.load(folder / "twistnet18_imagenet.pt", weights_only=True)
+    lines = (folder / "checkpoints" / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return weights, [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def report(whole: Path, hurt: Path, tally: Tally, seconds: float) -> bool:
+    """Print the table. Whether the disturbed run equals the undisturbed one."""
+    weights, rows = final(whole)
+    hurt_weights, hurt_rows = final(hurt)
+    same = weights.keys() == hurt_weights.keys() and all(
+        torch.equal(weights[name], hurt_weights[name]) for name in weights)
+    total = len((whole / "steps").read_text().splitlines())
+    done = [int(step) for step in (hurt / "steps").read_text().split()]
+    lost = set(range(total)) - set(done)
+    table = {
+        "kills": sum(tally.kills.values()), "resumes": tally.resumes,
+        "fallbacks to latest.prev.pt": tally.fallbacks, "steps of the run": total,
+        "steps repeated": len(done) - len(set(done)), "steps lost": len(lost),
+        "weights, bit for bit": "equal" if same else "NOT EQUAL",
+        "log, but for timings": "equal" if rows == hurt_rows else "NOT EQUAL",
+        "seconds": round(seconds),
+    }
+    for name, count in {**table, **{f"  {k}": v for k, v in sorted(tally.kills.items())}}.items():
+        print(f"{name:<28} {count}")
+    return same and rows == hurt_rows and not lost
+
+
+def main() -> None:
+    parser = Parser(prog="python -m tools.torture", description=__doc__)
+    parser.add_argument("--kills", type=at_least(1), default=10, metavar="N", help="how many")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S",
+                        help="of the moments and the kinds of kills")
+    args = parser.parse_args()
+    started, rng, tally = time.monotonic(), random.Random(args.seed), Tally()
+    with tempfile.TemporaryDirectory(prefix="torture-") as name:
+        data, whole, hurt = (Path(name) / part for part in ("data", "whole", "hurt"))
+        write_imagenet_tree(data, train_per_class=48, val_per_class=4, size=40, seed=0)
+        for folder in (whole, hurt):
+            folder.mkdir()
+        # 48 steps an epoch; long enough that a kill a few seconds into each start finds it at work
+        epochs = max(2, args.kills)
+        if not attempt(whole, data, epochs, None, tally):
+            raise NotEqual((whole / "output.log").read_text()[-2000:])
+        while not attempt(hurt, data, epochs,
+                          rng if sum(tally.kills.values()) < args.kills else None, tally):
+            tally.resumes += 1
+            print(f"{sum(tally.kills.values())} of {args.kills} kills", end="\r", flush=True)
+        equal = report(whole, hurt, tally, time.monotonic() - started)
+    if not equal:
+        raise NotEqual("the disturbed run is not the run it would have been")
+    if sum(tally.kills.values()) < args.kills:
+        print(f"note: the run ended after {sum(tally.kills.values())} kills")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--record"]:
+        pretrain_recorded(sys.argv[2], sys.argv[3:])
+    else:
+        run(main, NotEqual)
