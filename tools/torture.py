@@ -3,8 +3,9 @@
   python -m tools.torture --kills 50
 
 Pretrains on synthetic textures under torchrun with two processes: once undisturbed, and once
-killed (-9) or signalled at random moments, a rank or torchrun itself, and resumed each time. At
-the end both have the same weights, bit for bit, and the same log but for its timings.
+killed (-9) or signalled at random moments, a rank or torchrun itself. torchrun starts the ranks
+again when one was killed, and this tool starts torchrun again. At the end both runs have the same
+weights, bit for bit, and the same log but for its timings.
 """
 
 import fcntl
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,17 +40,16 @@ class NotEqual(Exception):
 
 @dataclass
 class Tally:
-    """What the table at the end counts. Steps are global steps."""
+    """Blows so far, by kind, and how many there are to be."""
 
-    kills: dict[str, int] = field(default_factory=dict)
-    resumes: int = 0
-    fallbacks: int = 0
-
+    wanted: int
+    kills: Counter = field(default_factory=Counter)
 
 
 def command(folder: Path, data: Path, epochs: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-            "--monitor_interval=0.05", __file__, "--record", str(folder / "steps"),
+            "--monitor_interval=0.05", "--max_restarts=100",
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", __file__, "--record", str(folder / "steps"),
             "--data_dir", str(data),
             "--model", "twistnet18", "--img_size", "32", "--batch_size", "4", "--workers", "1",
             "--epochs", str(epochs), "--save_minutes", "0.03", "--resume", "auto",
@@ -68,6 +69,8 @@ def pretrain_recorded(record: str, arguments: list[str]) -> None:
     """pretrain_imagenet.py, as a rank of torchrun, noting each step that it has done."""
     original = Trainer.step
     file = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    if os.environ["RANK"] == "0":
+        os.write(file, b"start\n")
 
     def step(self, batches, *, step: int, lr: float) -> None:
         original(self, batches, step=step, lr=lr)
@@ -78,35 +81,31 @@ def pretrain_recorded(record: str, arguments: list[str]) -> None:
     run(lambda: pretrain_imagenet.main(arguments))
 
 
-def attempt(folder: Path, data: Path, epochs: int, rng: random.Random | None, tally: Tally) -> bool:
-    """Start or resume; strike at a random moment if `rng` is given. Whether the run is finished."""
+def attempt(folder: Path, data: Path, epochs: int, rng: random.Random, tally: Tally) -> bool:
+    """Start or resume the run, and strike it until it ends. Whether it is finished."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(folder / "output.log", "ab") as log:
-        start = log.tell()
         process = subprocess.Popen(command(folder, data, epochs), stdout=log, stderr=log, env=env)
-    if rng:
+    while process.poll() is None and tally.kills.total() < tally.wanted:
         strike(folder, process, rng, tally)
     code = process.wait()
     wait_for_ranks(folder)
-    output = (folder / "output.log").read_bytes()[start:]
-    tally.fallbacks += output.count(b"; going on from ")
     return code == 0
 
 
 def strike(folder: Path, process: subprocess.Popen, rng: random.Random, tally: Tally) -> None:
-    """One blow, at a moment from the first second of training to well into it."""
-    status = folder / "checkpoints" / "status.json"
-    before = status.stat().st_mtime_ns if status.exists() else 0
-    while process.poll() is None and (
-            not status.exists() or status.stat().st_mtime_ns == before):
-        time.sleep(0.05)  # still importing: there is nothing yet to lose
+    """One blow, at a moment from the first step after a start to well into the training."""
+    steps = folder / "steps"
+    before = steps.stat().st_size if steps.exists() else 0
+    while process.poll() is None and (not steps.exists() or steps.stat().st_size <= before + 6):
+        time.sleep(0.02)  # it is starting: there is nothing yet to lose
     time.sleep(rng.uniform(0, 4))
     target, number = rng.choice(BLOWS)
     victims = ranks(process.pid) if target == "rank" else [process.pid]
     if process.poll() is None and victims:
         os.kill(rng.choice(victims), number)
-        name = f"{target} {number.name}"
-        tally.kills[name] = tally.kills.get(name, 0) + 1
+        tally.kills[f"{target} {number.name}"] += 1
+        print(f"{tally.kills.total()} of {tally.wanted} kills", end="\r", flush=True)
 
 
 def wait_for_ranks(folder: Path) -> None:
@@ -135,12 +134,15 @@ def report(whole: Path, hurt: Path, tally: Tally, seconds: float) -> bool:
     hurt_weights, hurt_rows = final(hurt)
     same = weights.keys() == hurt_weights.keys() and all(
         torch.equal(weights[name], hurt_weights[name]) for name in weights)
-    total = len((whole / "steps").read_text().splitlines())
-    done = [int(step) for step in (hurt / "steps").read_text().split()]
+    total = len((whole / "steps").read_text().splitlines()) - 1
+    noted = (hurt / "steps").read_text().split()
+    done = [int(step) for step in noted if step != "start"]
     lost = set(range(total)) - set(done)
     table = {
-        "kills": sum(tally.kills.values()), "resumes": tally.resumes,
-        "fallbacks to latest.prev.pt": tally.fallbacks, "steps of the run": total,
+        "kills": tally.kills.total(), "resumes": noted.count("start") - 1,
+        "fallbacks to latest.prev.pt":
+            (hurt / "output.log").read_bytes().count(b"; going on from "),
+        "steps of the run": total,
         "steps repeated": len(done) - len(set(done)), "steps lost": len(lost),
         "weights, bit for bit": "equal" if same else "NOT EQUAL",
         "log, but for timings": "equal" if rows == hurt_rows else "NOT EQUAL",
@@ -157,25 +159,20 @@ def main() -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="S",
                         help="of the moments and the kinds of kills")
     args = parser.parse_args()
-    started, rng, tally = time.monotonic(), random.Random(args.seed), Tally()
+    started, rng, tally = time.monotonic(), random.Random(args.seed), Tally(args.kills)
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         data, whole, hurt = (Path(name) / part for part in ("data", "whole", "hurt"))
         write_imagenet_tree(data, train_per_class=48, val_per_class=4, size=40, seed=0)
         for folder in (whole, hurt):
             folder.mkdir()
-        # 48 steps an epoch; long enough that a kill a few seconds into each start finds it at work
-        epochs = max(2, args.kills)
-        if not attempt(whole, data, epochs, None, tally):
+        epochs = 1 + args.kills // 2  # of 48 steps: too long to end before the last kill
+        if not attempt(whole, data, epochs, rng, Tally(0)):
             raise NotEqual((whole / "output.log").read_text()[-2000:])
-        while not attempt(hurt, data, epochs,
-                          rng if sum(tally.kills.values()) < args.kills else None, tally):
-            tally.resumes += 1
-            print(f"{sum(tally.kills.values())} of {args.kills} kills", end="\r", flush=True)
+        while not attempt(hurt, data, epochs, rng, tally):
+            pass
         equal = report(whole, hurt, tally, time.monotonic() - started)
     if not equal:
         raise NotEqual("the disturbed run is not the run it would have been")
-    if sum(tally.kills.values()) < args.kills:
-        print(f"note: the run ended after {sum(tally.kills.values())} kills")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,8 @@ class _Damaged(Exception):
     pass
 
 
-_KEYS = {"model", "optimizer", "scaler", "step", "sums", "clock", "rows", "config", "classes", "images"}
+_KEYS = {"model", "optimizer", "scaler", "step", "sums", "clock", "rows", "config", "classes",
+         "images"}
 
 
 def _read(path: Path) -> dict:
