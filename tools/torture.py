@@ -49,8 +49,8 @@ class Tally:
 def command(folder: Path, data: Path, epochs: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
             "--monitor_interval=0.05", "--max_restarts=100",
-            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", __file__, "--record", str(folder / "steps"),
-            "--data_dir", str(data),
+            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+            __file__, "--record", str(folder / "steps"), "--data_dir", str(data),
             "--model", "twistnet18", "--img_size", "32", "--batch_size", "4", "--workers", "1",
             "--epochs", str(epochs), "--save_minutes", "0.03", "--resume", "auto",
             "--checkpoint_dir", str(folder / "checkpoints"), "--weights_dir", str(folder)]
@@ -109,7 +109,7 @@ def strike(folder: Path, process: subprocess.Popen, rng: random.Random, tally: T
 
 
 def wait_for_ranks(folder: Path) -> None:
-    """Until nobody holds the checkpoint folder: ranks notice within seconds that torchrun is gone."""
+    """Until nobody holds the checkpoint folder: ranks notice soon that torchrun is gone."""
     deadline = time.monotonic() + 60
     with open(folder / "checkpoints" / ".lock", "a") as lock:
         while time.monotonic() < deadline:

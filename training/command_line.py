@@ -1,7 +1,9 @@
 """What every script's command line shares: spelling, one-line errors, exit codes."""
 
 import argparse
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from training import BusyError, RunError
+from training.checkpoint import LATEST
 from training.loop import Diverged, Preempted
 
 EXIT_FAILED, EXIT_USAGE, EXIT_BUSY, EXIT_PREEMPTED = 1, 2, 3, 75  # 75: EX_TEMPFAIL, "try again"
@@ -97,9 +100,23 @@ def run(main: Callable[[], None], *usage_errors: type[Exception]) -> None:
     except torch.OutOfMemoryError as error:
         code = _say("error: CUDA out of memory: use a smaller --batch_size "
                     f"({str(error).splitlines()[0]})", EXIT_FAILED)
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error) and "NCCL" not in str(error):
+            raise
+        code = _say(f"error: another rank is gone: resume from {LATEST}, as torchrun --max_restarts "
+                    "does with --resume auto", EXIT_FAILED)
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
+    finally:
+        _end_workers()
     sys.exit(code)
+
+
+def _end_workers() -> None:
+    """Kill loader workers: they ignore SIGTERM, by which Python would end them and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for a crash
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _say(line: str, code: int) -> int:

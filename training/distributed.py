@@ -68,9 +68,14 @@ def start_processes() -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches of a run have one shape
     if size > 1:
+        store, *_ = next(dist.rendezvous("env://", rank, size))
+        # torchrun keeps its store over a restart, and with it the addresses of ranks that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size,
             device_id=device if device.type == "cuda" else None,
             timeout=datetime.timedelta(minutes=30),
         )

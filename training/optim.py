@@ -16,7 +16,7 @@ def make_sgd(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
 
 
 def lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> float:
