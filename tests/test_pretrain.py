@@ -271,7 +271,7 @@ def test_validation_counts_do_not_depend_on_the_number_of_processes(tree):
     expected = state["rows"].pop()
     state["sums"] = [[1.0, 1.0]]
     state["clock"] = [1.0, 0.0]
-    state["config"]["micro_batches"] = 2
+    state["config"]["micro_batches"], state["step"] = 2, 4  # of 2 × 2 images
     torch.save(state, "checkpoints/latest.pt")
     done = torchrun(tree, "--resume", "checkpoints/latest.pt")
     assert done.returncode == 0, done.stderr
