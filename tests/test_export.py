@@ -1,0 +1,106 @@
+"""tools/export.py: both formats, read back without this project's code."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from models import ModelError, build_model
+from tools import export
+from training.command_line import UsageError
+
+CLASSES = ["banded", "müll", "woven"]
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_checkpoint(name="resnet18"):
+    """Run-like best.pt with BatchNorm statistics and a classifier that matter; its network."""
+    torch.manual_seed(0)
+    model = build_model(name, len(CLASSES), "none")
+    torch.nn.init.normal_(model.fc.weight)
+    model.train()(torch.randn(8, 3, 64, 64))
+    torch.save({"model": model.state_dict(), "classes": CLASSES,
+                "config": {"model": name, "img_size": 40}}, "best.pt")
+    return model.eval()
+
+
+def wanted(model, images):
+    """Logits of images from 0 to 1, normalised as torchvision writes it."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        return model((images - mean) / std)
+
+
+def call(out):
+    export.main(["--checkpoint", "best.pt", "--out", out])
+
+
+def test_pt2_gives_the_networks_logits_at_any_size(capsys):
+    model = write_checkpoint("twistnet18")
+    call("x.pt2")
+    out = capsys.readouterr().out
+    sizes = ["1 x 3 x 40 x 40", "1 x 3 x 72 x 101", "3 x 3 x 40 x 40", "3 x 3 x 72 x 101"]
+    assert [line.split(":")[0] for line in out.splitlines()[:4]] == sizes
+    assert "largest difference of a logit: " in out and "RGB from 0 to 1" in out
+    about = {"about.json": ""}
+    exported = torch.export.load("x.pt2", extra_files=about).module()
+    images = torch.rand(5, 3, 33, 70)
+    torch.testing.assert_close(exported(images), wanted(model, images), atol=1e-4, rtol=1e-4)
+    about = json.loads(about["about.json"])
+    assert about["classes"] == CLASSES and about["img_size"] == 40
+    assert about["model"] == "twistnet18"
+    assert [path.name for path in Path().iterdir() if path.name != "best.pt"] == ["x.pt2"]
+
+
+def test_onnx_gives_the_networks_logits_at_any_size():
+    for package in ONNX:
+        pytest.importorskip(package, reason=f"pip install {' '.join(ONNX)}")
+    import onnx
+    import onnxruntime
+
+    model = write_checkpoint("twistnet18")
+    call("x.onnx")
+    session = onnxruntime.InferenceSession("x.onnx", providers=["CPUExecutionProvider"])
+    images = torch.rand(5, 3, 33, 70)
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    np.testing.assert_allclose(logits, wanted(model, images), atol=1e-4, rtol=1e-4)
+    about = {entry.key: entry.value for entry in onnx.load("x.onnx").metadata_props}
+    assert json.loads(about["classes"]) == CLASSES and about["model"] == "twistnet18"
+    assert sorted(path.name for path in Path().iterdir()) == ["best.pt", "x.onnx"]
+
+
+def test_a_difference_ends_in_1_and_writes_nothing(monkeypatch):
+    write_checkpoint()
+    monkeypatch.setattr(export, "IMAGENET_STD", (0.23, 0.224, 0.225))  # one digit off
+    with pytest.raises(SystemExit, match="other logits") as ended:
+        call("x.pt2")
+    assert ended.value.code != 0 and not Path("x.pt2").exists()
+
+
+@pytest.mark.parametrize("package", ONNX)
+def test_onnx_without_its_packages_says_what_to_install(package, monkeypatch):
+    for name in ONNX:
+        monkeypatch.setitem(sys.modules, name, None if name == package else sys)
+    with pytest.raises(UsageError, match=f"needs {package}: pip install {' '.join(ONNX)}"):
+        call("x.onnx")
+
+
+@pytest.mark.parametrize(("checkpoint", "out", "told"), [
+    ("best.pt", "x.pt", "must end in .pt2 or .onnx"),
+    ("best.pt", "no/x.pt2", "there is no folder no"),
+    ("none.pt", "x.pt2", "none.pt"),
+])
+def test_wrong_input_is_one_line(checkpoint, out, told):
+    write_checkpoint()
+    with pytest.raises((UsageError, ModelError), match=told) as error:
+        export.main(["--checkpoint", checkpoint, "--out", out])
+    assert "\n" not in str(error.value) and not Path(out).exists()

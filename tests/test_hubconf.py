@@ -1,0 +1,97 @@
+"""hubconf.py through torch.hub, as a user of another project calls it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hubconf
+from models import MODELS, ModelError, build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(name, **flags):
+    return torch.hub.load(str(ROOT), name, source="local", **flags)
+
+
+def save(name, num_classes, path):
+    """Weights of a new network; its state dict."""
+    state = build_model(name, num_classes, "none").state_dict()
+    path.parent.mkdir(exist_ok=True)
+    torch.save(state, path)
+    return state
+
+
+def same(model, state, *, head=True):
+    own = model.state_dict()
+    return {key for key in state if key in own and not torch.equal(own[key], state[key])} == (
+        set() if head else {"fc.weight", "fc.bias"})
+
+
+def test_the_file_offers_the_six_networks_and_nothing_else():
+    offered = [name for name in dir(hubconf)  # as torch.hub.list finds them on GitHub
+               if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    assert sorted(offered) == sorted(MODELS)
+    assert hubconf.dependencies == ["torch", "torchvision"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_by_name(name):
+    model = load(name, num_classes=0).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert model(images).shape == (2, 512)
+        features = model.forward_features(images)
+    assert features.shape == (2, 512, 2, 2)
+    assert torch.allclose(model(images), features.mean((2, 3)), atol=1e-5)
+
+
+def test_a_new_network_has_1000_classes_unless_told():
+    assert load("resnet18").fc.out_features == 1000
+    assert load("resnet18", num_classes=7).fc.out_features == 7
+
+
+@pytest.mark.parametrize("pretrained", [True, "auto", "weights/twistnet18_imagenet.pt",
+                                        Path("weights/twistnet18_imagenet.pt")])
+def test_trained_weights_with_their_classifier_or_a_new_one(pretrained):
+    state = save("twistnet18", 5, Path("weights/twistnet18_imagenet.pt"))
+    assert same(load("twistnet18", pretrained=pretrained), state)
+    assert same(load("twistnet18", pretrained=pretrained, num_classes=5), state, head=False)
+    assert load("twistnet18", pretrained=pretrained, num_classes=9).fc.out_features == 9
+
+
+def test_an_ablation_takes_twistnets_layers_but_not_its_classifier():
+    state = save("twistnet18", 5, Path("weights/twistnet18_imagenet.pt"))
+    assert same(load("twistnet18_no_ais", pretrained=True, num_classes=5), state, head=False)
+    with pytest.raises(ModelError, match="it holds twistnet18"):
+        load("twistnet18_no_ais", pretrained=True)
+
+
+def test_what_cannot_be_had_is_one_error():
+    with pytest.raises(ModelError, match="none.pt"):
+        load("twistnet18", pretrained="none.pt")
+    state = save("resnet18", 4, Path("headless.pt"))
+    del state["fc.weight"], state["fc.bias"]
+    torch.save(state, "headless.pt")
+    with pytest.raises(ModelError, match="give num_classes"):
+        load("resnet18", pretrained="headless.pt")
+    assert load("resnet18", pretrained="headless.pt", num_classes=3).fc.out_features == 3
+
+
+def test_another_package_named_models_is_named(tmp_path):
+    (tmp_path / "models.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c",
+         f"import models, torch; torch.hub.load({str(ROOT)!r}, 'resnet18', source='local')"],
+        cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError") and "process of its own" in last
+    assert str(tmp_path / "models.py") in last

@@ -1,0 +1,156 @@
+"""Write a trained network in a form that runs without this code: torch.export or ONNX.
+
+  python -m tools.export --checkpoint runs/dtd_fold1_twistnet18_seed42/best.pt --out twistnet18.pt2
+  python -m tools.export --checkpoint weights/twistnet18_imagenet.pt --out twistnet18.onnx
+
+Input "images": float32, B x 3 x H x W, RGB from 0 to 1, any B, H and W from 33 px. ImageNet's mean
+and standard deviation are inside the network: do not take them out before. Output "logits":
+float32, B x classes. Resizing and cropping stay outside. Class names, image size and where the
+weights come from go into the file: metadata of the ONNX model, extra file about.json of a .pt2.
+
+The file is read back and compared with the network at two batch sizes and two image sizes; it is
+kept only when they agree. ONNX needs: pip install onnx onnxscript onnxruntime
+"""
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
+from models import ModelError
+from models.weights import load_trained
+from training.command_line import Parser, UsageError, run
+
+TOLERANCE = 1e-4  # of the largest logit; measured: about 1e-6
+INPUT = "float32, B x 3 x H x W, RGB from 0 to 1; normalisation is inside the network"
+
+
+class Normalised(nn.Module):
+    """A network behind its normalisation: images from 0 to 1."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model((images - self.mean) / self.std)
+
+
+def parse_args(argv: list[str] | None):
+    parser = Parser(prog="python -m tools.export", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE",
+                        help="best.pt of a run, or a weights file")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="name.pt2 for torch.export, name.onnx for ONNX")
+    args = parser.parse_args(argv)
+    if args.out.suffix not in FORMATS:
+        parser.error(f"--out {args.out}: the name must end in {' or '.join(FORMATS)}")
+    if not args.out.resolve().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    write, read = FORMATS[args.out.suffix]
+    if args.out.suffix == ".onnx":
+        need_onnx()
+    model, about = load_trained(args.checkpoint)
+    size = (about["config"] or about["record"] or {}).get("img_size", 224)
+    facts = {"model": about["model"], "num_classes": about["num_classes"], "img_size": size,
+             "classes": about["classes"], "input": INPUT, "sha256_of_weights": about["sha256"]}
+    try:
+        with tempfile.TemporaryDirectory(dir=args.out.resolve().parent, prefix=".export-") as new:
+            path = Path(new) / args.out.name
+            write(traced(model), path, facts)
+            difference = compare(model, read(path), size)
+            os.replace(path, args.out)
+    except OSError as error:
+        raise UsageError(f"--out {args.out}: cannot be written ({error.strerror})") from error
+    print(f"largest difference of a logit: {difference:.1e}\ninput: {INPUT}\nwrote {args.out} "
+          f"({about['model']}, {about['num_classes']} classes, trained at {size} px)")
+
+
+def need_onnx() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"ONNX needs {name}: pip install onnx onnxscript onnxruntime, or "
+                             "give --out a name that ends in .pt2") from error
+
+
+def traced(model: nn.Module) -> torch.export.ExportedProgram:
+    """The network with its normalisation as a graph, for any batch and image size."""
+    # from 33 px: the last stage of a smaller image is one position, which the tracer sets apart
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=33),
+             3: torch.export.Dim("width", min=33)}
+    images = torch.rand(2, 3, 64, 96)
+    return torch.export.export(Normalised(model), (images,), dynamic_shapes={"images": sizes})
+
+
+def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], size: int) -> float:
+    """The largest difference of a logit over two batch sizes and two image sizes, each printed.
+
+    The network sees what training's validation gives it. Ends the process where they disagree.
+    """
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for batch in (1, 3):
+        for shape in ((max(size, 33), max(size, 33)), (size + 32, size + 61)):
+            images = torch.randint(256, (batch, 3, *shape), generator=generator, dtype=torch.uint8)
+            with torch.inference_mode():
+                wanted = model(normalise(images))
+            found = exported(images.float() / 255)
+            difference = (found - wanted).abs().max().item()
+            scale = wanted.abs().max().item()
+            print(f"{batch} x 3 x {shape[0]} x {shape[1]}: logits differ by at most "
+                  f"{difference:.1e} (the largest is {scale:.2g})")
+            if not difference <= TOLERANCE * max(scale, 1):
+                sys.exit("error: the exported network gives other logits: nothing was written")
+            largest = max(largest, difference)
+    return largest
+
+
+def write_pt2(program: torch.export.ExportedProgram, path: Path, facts: dict) -> None:
+    torch.export.save(program, path, extra_files={"about.json": json.dumps(facts, indent=2)})
+
+
+def read_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    return torch.inference_mode()(torch.export.load(path).module())
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own deprecated calls
+        made = torch.onnx.export(program, input_names=["images"], output_names=["logits"],
+                                 dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
+                                 verbose=False)
+    made.model.metadata_props.update(
+        {key: value if isinstance(value, str) else json.dumps(value)
+         for key, value in facts.items()})
+    made.save(path, external_data=False)
+
+
+def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+FORMATS = {".pt2": (write_pt2, read_pt2), ".onnx": (write_onnx, read_onnx)}
+
+
+if __name__ == "__main__":
+    run(main, ModelError)
