@@ -197,6 +197,10 @@ def main(argv: list[str] | None = None) -> None:
 def claim(folder: Folder, args) -> None:
     """Lock the checkpoint folder; RunError where it holds a run that is not the one resumed."""
     folder.lock()
+    try:
+        args.weights_dir.mkdir(parents=True, exist_ok=True)  # now, not after twelve days
+    except OSError as error:
+        raise RunError(f"--weights_dir {args.weights_dir}: {error.strerror}") from error
     resumed_here = args.resume and args.resume.parent.resolve() == folder.path.resolve()
     if resumed_here or not folder.holds_run():
         return

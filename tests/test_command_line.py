@@ -1,5 +1,7 @@
 """training/command_line.py: spellings, one-line errors, exit codes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,11 @@ def test_other_ranks_wait_before_they_speak(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert outcome(RunError("x"), capsys) == (2, "rank 3: error: x\n")
     assert len(slept) == 1
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    code = ("from training.command_line import run\n"
+            "run(lambda: [print('x' * 1000, flush=True) for _ in range(1000)])")
+    done = subprocess.run(f"{sys.executable} -c \"{code}\" | head -n 1", shell=True, text=True,
+                          cwd=Path(__file__).parent.parent, capture_output=True)
+    assert done.stdout == "x" * 1000 + "\n" and done.stderr == ""

@@ -105,6 +105,9 @@ def run(main: Callable[[], None], *usage_errors: type[Exception]) -> None:
             raise
         code = _say(f"error: another rank is gone: resume from {LATEST}, as torchrun --max_restarts "
                     "does with --resume auto", EXIT_FAILED)
+    except BrokenPipeError:  # whoever read the output has left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
     finally:
