@@ -4,56 +4,78 @@
       --folds 1-10 --seeds 42,43,44 --epochs 100 --run_dir runs/main
 
 Every flag that is not listed here goes to train.py (see train.py --help). Finished runs are
-skipped, interrupted ones go on: the same command again continues a sweep that was stopped.
+skipped, interrupted ones go on: the same command again continues a sweep that was stopped, and
+may run several times at once.
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import train
 from data import DataError
 from data.images import quick_look
 from models import MODELS, ModelError, build_model
-from sweeps.launching import DONE, FAILED, Cell, LocalPool, tail
+from sweeps.launching import (
+    AGAIN,
+    BUSY,
+    DONE,
+    FAILED,
+    Cell,
+    Line,
+    LocalPool,
+    make_slots,
+    tail,
+)
 from sweeps.results import SweepError
+from sweeps.slurm import submit
 from sweeps.tables import write_tables
 from training import RunError
 from training.command_line import Parser, at_least, run
 from training.distributed import usable_cpus
 from training.loop import Preempted
 from training.preemption import StopRequest
-from training.record import read_json, write_json
+from training.record import Folder, read_json, write_json
 
 OWN = {"fold": "--folds", "seed": "--seeds", "model": "--models", "overwrite": "--force"}
+ROOT = Path(__file__).resolve().parent
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="run_all.py", description=__doc__)
     sweep = parser.add_argument_group("sweep")
-    sweep.add_argument("--models", type=names, default=["resnet18", "twistnet18"], metavar="A,B",
-                       help=f"of {', '.join(MODELS)} (default: resnet18,twistnet18)")
-    sweep.add_argument("--folds", type=numbers, default=[1], metavar="1-10",
-                       help="numbers and ranges (default: 1)")
-    sweep.add_argument("--seeds", type=numbers, default=[42], metavar="42,43",
-                       help="numbers and ranges (default: 42)")
+    sweep.add_argument("--models", type=names, default="resnet18,twistnet18", metavar="A,B",
+                       help=f"of {', '.join(MODELS)}")
+    sweep.add_argument("--folds", type=numbers, default="1", metavar="1-10",
+                       help="numbers and ranges")
+    sweep.add_argument("--seeds", type=numbers, default="42", metavar="42,43",
+                       help="numbers and ranges")
     sweep.add_argument("--run_dir", type=Path, default=Path("runs"), metavar="DIR",
                        help="where the run folders and the table go")
     sweep.add_argument("--force", action="store_true",
                        help="run every cell anew; what lies there moves to RUN_DIR/overwritten")
     sweep.add_argument("--dry_run", action="store_true",
                        help="print the commands of the cells that are not finished, and end")
-    where = parser.add_argument_group("where it runs")
-    where.add_argument("--slots", type=at_least(1), default=1, metavar="N",
-                       help="runs at a time, which share the cores")
-    where.add_argument("--gpus", type=numbers, metavar="0,1",
+    sweep.add_argument("--launcher", choices=["local", "slurm"], default="local",
+                       help="this machine, or a Slurm job array (pip install submitit)")
+    local = parser.add_argument_group("--launcher local")
+    local.add_argument("--slots", type=at_least(1), metavar="N",
+                       help="runs at a time, which share the cores (default: 1)")
+    local.add_argument("--gpus", type=numbers, metavar="0,1",
                        help="one run at a time on each of these GPUs, instead of --slots")
+    slurm = parser.add_argument_group(
+        "--launcher slurm", "what else sbatch takes: in its variables, such as SBATCH_ACCOUNT")
+    slurm.add_argument("--partition", metavar="NAME", help="of the cluster (default: its own)")
+    slurm.add_argument("--time", type=at_least(10), metavar="MINUTES",
+                       help="time limit, after which a run is queued again (default: 240)")
+    slurm.add_argument("--gpus_per_task", type=at_least(0), metavar="N", help="(default: 1)")
+    slurm.add_argument("--at_once", type=at_least(1), metavar="N",
+                       help="runs at a time (default: what the cluster gives)")
     return parser
 
 
@@ -83,107 +105,184 @@ def numbers(text: str) -> list[int]:
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """This script's flags, and those for train.py, which are checked here too."""
-    parser, single = make_parser(), train.make_parser()
-    args, forwarded = parser.parse_known_args(argv)
-    for name in single.given(forwarded):
+    args, forwarded = make_parser().parse_known_args(argv)
+    for name in train.make_parser().given(forwarded):
         if name in OWN:
             raise RunError(f"--{name} is for train.py: a sweep has {OWN[name]}")
+    defaults = {"local": {"slots": None, "gpus": None},
+                "slurm": {"partition": None, "time": 240, "gpus_per_task": 1, "at_once": None}}
+    for launcher, flags in defaults.items():
+        for name, default in flags.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif launcher != args.launcher:
+                raise RunError(f"--{name} goes with --launcher {launcher}")
+    if args.gpus and args.slots:
+        raise RunError("--gpus and --slots: give one of them, there is one run at a time on a GPU")
     return args, forwarded
 
 
-def single_args(args, forwarded: list[str], model: str, fold: int, seed: int):
-    """train.py's command line for one cell, and what train.py makes of it."""
-    line = [*forwarded, "--model", model, "--fold", str(fold), "--seed", str(seed),
-            "--run_dir", str(args.run_dir)]
-    return line, train.make_parser().parse_args(line)
+@dataclass
+class Plan:
+    """What there is to do."""
+
+    dataset: str
+    configs: dict[Path, dict] = field(default_factory=dict)  # of all cells, by folder
+    cells: list[Cell] = field(default_factory=list)  # to run
+    finished: list[dict] = field(default_factory=list)  # results of those that are done
+    other: list[str] = field(default_factory=list)  # names of those with runs of other settings
+    workers: int = 0  # loader processes a run, as asked for
 
 
-def plan(args, forwarded: list[str]) -> tuple[list[Cell], set[str], dict[Path, dict]]:
-    """The cells to run, the folders with runs of other settings, and each cell's configuration.
+def make_plan(args, forwarded: list[str]) -> Plan:
+    """Look at every cell, after checking models, weights, folds and data of them all.
 
-    Checks models, weights, folds and data of all cells first: RunError, DataError or ModelError.
+    Raises RunError, DataError or ModelError.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, first = single_args(args, forwarded, args.models[0], args.folds[0], args.seeds[0])
-    splits = {}
-    for fold in args.folds:
-        _, single = single_args(args, forwarded, args.models[0], fold, args.seeds[0])
-        splits[fold] = train.load_data(single)
+    there = torch.cuda.device_count()
+    if args.gpus and max(args.gpus) >= there:
+        raise RunError(f"--gpus {max(args.gpus)}: torch sees {there} GPUs here, counted from 0")
+    def single(model: str, fold: int, seed: int):
+        line = [*forwarded, "--model", model, "--fold", str(fold), "--seed", str(seed),
+                "--run_dir", str(args.run_dir)]
+        return line, train.make_parser().parse_args(line)
+
+    _, first = single(args.models[0], args.folds[0], args.seeds[0])
+    splits = {fold: train.load_data(single(args.models[0], fold, args.seeds[0])[1])
+              for fold in args.folds}
     quick_look(splits[args.folds[0]].val)
     for model in args.models:
         build_model(model, len(splits[args.folds[0]].classes), first.pretrained)
-    cells, other, configs = [], set(), {}
-    script = str(Path(train.__file__).resolve())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = Plan(first.dataset, workers=first.workers)
     for fold in args.folds:
         for seed in args.seeds:
             for model in args.models:
-                line, single = single_args(args, forwarded, model, fold, seed)
-                folder = train.run_folder(single)
-                configs[folder] = train.make_config(single, splits[fold], device)
-                cell = Cell(folder, [sys.executable, "-u", script, *line])
-                if args.force:
-                    cell.command.append("--overwrite")
-                    cells.append(cell)
-                    continue
-                try:
-                    if not train.finished(folder, configs[folder]):
-                        cells.append(cell)
-                except RunError as error:
-                    print(f"not reused: {error}".replace("--overwrite moves it", "--force moves it"))
-                    other.add(folder.name)
-    return cells, other, configs
+                line, cell_args = single(model, fold, seed)
+                folder = train.run_folder(cell_args)
+                config = train.make_config(cell_args, splits[fold], device)
+                if args.launcher == "slurm":  # the node's device decides, and train.py checks it
+                    config["precision"] = precision_of(folder) or config["precision"]
+                plan.configs[folder] = config
+                script = str(Path(train.__file__).resolve())
+                look_at(plan, Cell(folder, [sys.executable, "-u", script, *line]), args.force)
+    return plan
 
 
-def slot_environments(args) -> list[dict[str, str]]:
-    """One environment a slot: its GPU, its share of the cores."""
-    count = len(args.gpus) if args.gpus else args.slots
-    threads = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // count))} if count > 1 else {}
-    if args.gpus:
-        return [{**threads, "CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in args.gpus]
-    return [threads] * count
+def precision_of(folder: Path) -> str | None:
+    """That of the run in `folder`, if there is one."""
+    results = read_json(folder / train.RESULTS) or {}
+    return (results.get("settings") or read_json(folder / train.CONFIG) or {}).get("precision")
 
 
-def main() -> None:
-    args, forwarded = parse_args()
-    cells, other, configs = plan(args, forwarded)
-    if args.dry_run:
-        for cell in cells:
-            print(shlex.join(["python", *cell.command[2:]]))
+def look_at(plan: Plan, cell: Cell, force: bool) -> None:
+    """Put a cell where it belongs."""
+    try:
+        results = None if force else train.finished(cell.folder, plan.configs[cell.folder])
+    except RunError as error:
+        print(f"not reused: {error}".replace("--overwrite moves", "--force moves"),
+              file=sys.stderr, flush=True)
+        plan.other.append(cell.name)
         return
-    total = len(configs)
-    dataset = next(iter(configs.values()))["dataset"]
-    grid = {"dataset": dataset, "models": args.models, "folds": args.folds, "seeds": args.seeds}
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.run_dir / "sweep.json", grid)
-    print(f"{total} runs: {total - len(cells) - len(other)} finished, {len(cells)} to do, "
-          f"{len(other)} of other settings", flush=True)
+    if results:
+        plan.finished.append(results)
+    else:
+        plan.cells.append(cell)
 
-    failed, accuracies = sorted(other), {}
-    bar = tqdm(total=total, initial=total - len(cells) - len(other), unit="run", disable=None)
 
-    def finished(cell: Cell, outcome: str) -> None:
+def set_aside(run_dir: Path, cells: list[Cell]) -> None:
+    """Move old runs to RUN_DIR/overwritten: all of them, or none where one is running."""
+    held = [Folder(cell.folder) for cell in cells if cell.folder.exists()]
+    for folder in held:
+        folder.lock()  # until this function ends
+    for folder in held:
+        if folder.holds_run() or (folder.path / train.CONFIG).exists():
+            name = folder.path.name + time.strftime("-%Y%m%d-%H%M%S")
+            print(f"--force: the old run now lies in "
+                  f"{folder.set_aside(run_dir / 'overwritten' / name)}", flush=True)
+
+
+def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]:
+    """Run the cells on this machine; the names of those that failed, and of those still to do."""
+    failed, problems, left = [], {}, {cell.name for cell in plan.cells}
+    line = Line(len(plan.finished) + len(plan.cells), plan.finished, len(plan.other))
+
+    def results_of(cell: Cell) -> dict | None:
+        try:
+            return train.finished(cell.folder, plan.configs[cell.folder])
+        except RunError as error:
+            problems[cell.folder] = f": {error}"
+
+    def report(cell: Cell, outcome: str) -> None:
+        if outcome in (DONE, FAILED):
+            left.discard(cell.name)
         if outcome == DONE:
-            results = read_json(cell.folder / train.RESULTS)
-            accuracies.setdefault(results["model"], []).append(results["test_acc"])
-            bar.update()
-            bar.write(f"{cell.name}: val_acc {results['val_acc']:.1f}, test_acc "
-                      f"{results['test_acc']:.1f}, {results['seconds']:.0f} s")
-        elif outcome == FAILED:
+            line.add(cell.name, results_of(cell))
+        elif outcome == BUSY:
+            line.say(f"{cell.name} is being run by another process, and waited for")
+        elif outcome in (FAILED, AGAIN):
+            what = "failed twice" if cell.failures and outcome == FAILED else "failed"
+            line.say(f"{cell.name} {what}{problems.get(cell.folder, '')}; its output ends with\n"
+                     f"{tail(cell.folder)}" + ("\nonce more" if outcome == AGAIN else ""))
+        if outcome == FAILED:
             failed.append(cell.name)
-            bar.write(f"{cell.name} failed; its output ends with\n{tail(cell.folder)}")
-        means = [f"{m} {sum(a) / len(a):.1f}" for m, a in accuracies.items()]
-        bar.set_postfix_str(", ".join([f"failed {len(failed)}", *means]))
+            line.failed += 1
 
+    slots = make_slots(plan.cells, args.slots, args.gpus, cores=usable_cpus(),
+                       workers=plan.workers)
+    LocalPool(slots, stop=lambda: bool(stop), report=report, polled=line.show,
+              is_done=lambda cell: results_of(cell) is not None).run(plan.cells)
+    line.close()
+    return failed, sorted(left)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, forwarded = parse_args(argv)
+    plan = make_plan(args, forwarded)
+    if args.dry_run:
+        for cell in plan.cells:
+            print(shlex.join(cell.command + ["--overwrite"] * args.force))
+        return
+    grid = {"dataset": plan.dataset, "models": args.models, "folds": args.folds,
+            "seeds": args.seeds}
+    try:
+        args.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(args.run_dir / "sweep.json", grid)
+        if args.force:
+            set_aside(args.run_dir, plan.cells)
+    except OSError as error:
+        raise RunError(f"--run_dir {args.run_dir} cannot be written ({error.strerror})") from error
+    started = sum((cell.folder / train.CONFIG).exists() for cell in plan.cells)
+    print(f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.cells)} to do "
+          f"({started} of them begun), {len(plan.other)} of other settings", flush=True)
+
+    if args.launcher == "slurm" and plan.cells:
+        return submit_all(args, plan)
     stop = StopRequest()
-    LocalPool(slot_environments(args), stop=lambda: bool(stop), finished=finished,
-              is_done=lambda cell: train.finished(cell.folder, configs[cell.folder]) is not None,
-              ).run(cells)
-    bar.close()
-    print(write_tables(args.run_dir, **grid, skip=other), flush=True)
-    if stop:
-        raise Preempted(f"stopped by {stop.reason}: the same command goes on")
-    if failed:
-        print(f"failed or not reused: {', '.join(failed)}", file=sys.stderr)
+    failed, left = run_here(args, plan, stop)
+    print(write_tables(args.run_dir, **grid, skip=plan.other), flush=True)
+    if left:
+        again = "the same command without --force" if args.force else "the same command"
+        raise Preempted(f"stopped by {stop.reason or 'a signal to a run'} with {len(left)} runs to "
+                        f"do: {again} goes on")
+    if plan.other + failed:
+        print(f"failed or not reused: {', '.join(plan.other + failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def submit_all(args, plan: Plan) -> None:
+    """Queue the cells, and say how to collect them."""
+    logs = args.run_dir / "slurm"
+    job = submit(plan.cells, logs, minutes=args.time, partition=args.partition,
+                 gpus=args.gpus_per_task, cpus=plan.workers + 1, at_once=args.at_once)
+    there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
+    folder = args.run_dir if Path.cwd() == ROOT else args.run_dir.resolve()
+    print(f"Slurm job array {job}: {len(plan.cells)} runs. Each one's output goes to output.log in "
+          f"its folder, Slurm's own to {logs}.\nThe same command again queues what is missing "
+          "then. The table, now or when all are done:\n  "
+          f"{there}python -m tools.report {shlex.quote(str(folder))}")
+    if plan.other:
+        print(f"not reused: {', '.join(plan.other)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -4,18 +4,25 @@ A cell is finished by its results.json alone, and train.py itself locks its fold
 claimed here: a launcher may be killed, started again, or started twice.
 """
 
+import fcntl
 import os
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-DONE, FAILED, STOPPED, BUSY = "done", "failed", "stopped", "busy"
-EXIT_USAGE, EXIT_BUSY, EXIT_PREEMPTED = 2, 3, 75  # train.py's, see training/command_line.py
-LOG = "output.log"
+from tqdm import tqdm
+
+DONE, FAILED, STOPPED, BUSY, AGAIN = "done", "failed", "stopped", "busy", "again"
+# train.py's: see training/command_line.py and training/record.py.
+EXIT_USAGE, EXIT_BUSY, EXIT_PREEMPTED = 2, 3, 75
+LOCK, OUTPUT = ".lock", "output.log"
+POLL, BUSY_POLL = 0.1, 5.0  # seconds
 GRACE = 60.0  # seconds a stopped process has for saving
 
 
@@ -25,8 +32,8 @@ class Cell:
 
     folder: Path
     command: list[str]
-    tries: int = 0
-    not_before: float = 0.0  # when a cell that another launcher runs is looked at again
+    failures: int = 0
+    not_before: float = 0.0  # when a cell that another process runs is looked at again
 
     @property
     def name(self) -> str:
@@ -37,7 +44,9 @@ class LocalPool:
     """Runs cells in `slots`, each an environment of its own (a GPU, a share of the cores).
 
     `stop` is asked between polls: once true, running cells are told to save and leave, and the
-    rest is not started. `finished` is called with (cell, outcome) as cells end.
+    rest is not started. `report` is called with (cell, outcome): DONE, FAILED or STOPPED once a
+    cell; AGAIN when it failed and is tried once more; BUSY when another process has it: it is
+    waited for. `polled` gets the number of running cells, again and again.
     """
 
     def __init__(
@@ -45,48 +54,47 @@ class LocalPool:
         slots: list[dict[str, str]],
         *,
         stop: Callable[[], bool],
-        finished: Callable[[Cell, str], None],
         is_done: Callable[[Cell], bool],
+        report: Callable[[Cell, str], None],
+        polled: Callable[[int], None] = lambda running: None,
     ):
         self.free = list(slots)
-        self.stop, self.finished, self.is_done = stop, finished, is_done
+        self.stop, self.is_done, self.report, self.polled = stop, is_done, report, polled
         self.running: list[tuple[subprocess.Popen, Cell, dict[str, str]]] = []
 
     def run(self, cells: Iterable[Cell]) -> None:
         waiting = deque(cells)
         try:
-            while waiting or self.running:
-                if self.stop():
-                    return
-                ready = [cell for cell in waiting if cell.not_before <= time.monotonic()]
-                for cell in ready[: len(self.free)]:
-                    waiting.remove(cell)
-                    if cell.tries and self.is_done(cell):
-                        self.finished(cell, DONE)  # by another launcher, while we waited
-                    else:
-                        self._start(cell)
-                time.sleep(0.1)
+            while (waiting or self.running) and not self.stop():
+                self._start(waiting)
+                self.polled(len(self.running))
+                time.sleep(POLL)
                 waiting.extend(self._collect())
         finally:
             self._end_all()
 
-    def _start(self, cell: Cell) -> None:
-        slot = self.free.pop()
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        # The child ends itself when this process is gone (see training/preemption.py).
-        env = {**os.environ, **slot, "TWISTNET_LAUNCHER": str(os.getpid())}
-        with open(cell.folder / LOG, "a") as log:
-            child = subprocess.Popen(
-                cell.command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=env,
-            )
-        self.running.append((child, cell, slot))
+    def _start(self, waiting: deque[Cell]) -> None:
+        now = time.monotonic()
+        for cell in [cell for cell in waiting if cell.not_before <= now]:
+            if not self.free:
+                return
+            if in_use(cell.folder):
+                self._wait_for(cell)
+                continue
+            waiting.remove(cell)
+            if self.is_done(cell):  # by another launcher, since we looked
+                self.report(cell, DONE)
+            else:
+                slot = self.free.pop(0)
+                self.running.append((start_process(cell, slot), cell, slot))
+
+    def _wait_for(self, cell: Cell) -> None:
+        if not cell.not_before:
+            self.report(cell, BUSY)
+        cell.not_before = time.monotonic() + BUSY_POLL
 
     def _collect(self) -> list[Cell]:
-        """Take the ended processes; the cells to try again."""
+        """Take the ended processes; the cells to start again."""
         again = []
         for entry in [entry for entry in self.running if entry[0].poll() is not None]:
             child, cell, slot = entry
@@ -94,23 +102,23 @@ class LocalPool:
             self.free.append(slot)
             code = child.returncode
             if code == EXIT_BUSY:
-                cell.tries, cell.not_before = max(1, cell.tries), time.monotonic() + 5
+                self._wait_for(cell)
                 again.append(cell)
-            elif code == 0:
-                self.finished(cell, DONE)
-            elif code == EXIT_PREEMPTED:
-                self.finished(cell, STOPPED)
-            elif cell.tries < 2 and code != EXIT_USAGE:
-                cell.tries = 2  # the one retry: it goes on from latest.pt
-                again.append(cell)
+            elif code == 0 and self.is_done(cell):
+                self.report(cell, DONE)
+            elif code == EXIT_PREEMPTED or self.stop():  # by the Ctrl-C that we got too
+                self.report(cell, STOPPED)
+            elif cell.failures or code == EXIT_USAGE:
+                self.report(cell, FAILED)
             else:
-                self.finished(cell, FAILED)
+                cell.failures += 1
+                again.append(cell)
+                self.report(cell, AGAIN)
         return again
 
     def _end_all(self) -> None:
         for child, _, _ in self.running:
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM)
+            child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + GRACE
         for child, cell, _ in self.running:
             try:
@@ -118,14 +126,103 @@ class LocalPool:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-            self.finished(cell, DONE if child.returncode == 0 else STOPPED)
+            done = child.returncode == 0 and self.is_done(cell)
+            self.report(cell, DONE if done else STOPPED)
         self.running.clear()
 
 
-def tail(folder: Path, lines: int = 12) -> str:
-    """The last lines of a cell's output."""
+def make_slots(
+    cells: list[Cell], slots: int | None, gpus: list[int] | None, *, cores: int, workers: int
+) -> list[dict[str, str]]:
+    """An environment a slot: its GPU, its fair share of the cores; loaders get no more either.
+
+    `gpus` are counted as torch does, among those that CUDA_VISIBLE_DEVICES leaves it.
+    """
+    count = max(1, min(len(gpus or []) or slots or 1, len(cells)))
+    environment = {}
+    if count > 1:
+        share = max(1, cores // count)
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(share))
+        for cell in cells:
+            cell.command += ["--workers", str(min(workers, share))]
+    if not gpus:
+        return [environment] * count
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ids = visible.split(",") if visible else [str(gpu) for gpu in range(max(gpus) + 1)]
+    return [{**environment, "CUDA_VISIBLE_DEVICES": ids[gpu]} for gpu in gpus[:count]]
+
+
+def start_process(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
+    """Start a cell's command, which ends itself when this process is gone (training/preemption.py);
+    what it prints is added to output.log in its folder."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, **environment, "TWISTNET_LAUNCHER": str(os.getpid())}
+    with open(cell.folder / OUTPUT, "a") as output:
+        print("$", shlex.join(cell.command), file=output, flush=True)
+        return subprocess.Popen(cell.command, env=env, stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=subprocess.STDOUT)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a live train.py works in this folder; where locks fail, train.py says so."""
     try:
-        text = (folder / LOG).read_text(errors="replace")
+        with open(folder / LOCK, "a") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def tail(folder: Path, lines: int = 12) -> str:
+    """The last lines of a cell's output, indented."""
+    try:
+        text = (folder / OUTPUT).read_text(errors="replace")
     except OSError:
         return ""
     return "\n".join(f"    {line}" for line in text.strip().splitlines()[-lines:])
+
+
+class Line:
+    """The one live line of a sweep: done, running, failed, time to go, mean accuracy a model.
+
+    `results` are those of the cells that were finished before. Without a terminal there are only
+    the lines that `say` prints.
+    """
+
+    def __init__(self, total: int, results: list[dict], failed: int):
+        self.bar = tqdm(total=total, initial=len(results), unit="run", disable=None, smoothing=0,
+                        dynamic_ncols=True)
+        self.total, self.done, self.failed = total, len(results), failed
+        self.accuracies: dict[str, list[float]] = {}
+        for each in results:
+            self._count(each)
+        self.shown = 0.0
+
+    def _count(self, results: dict) -> None:
+        self.accuracies.setdefault(results["model"], []).append(results["test_acc"])
+
+    def add(self, name: str, results: dict) -> None:
+        """A cell is done."""
+        self._count(results)
+        self.done += 1
+        self.bar.update()
+        self.say(f"[{self.done}/{self.total}] {name}: val_acc {results['val_acc']:.1f}, test_acc "
+                 f"{results['test_acc']:.1f}, {results['seconds']:.0f} s")
+
+    def say(self, text: str) -> None:
+        self.bar.write(text)
+        sys.stdout.flush()
+
+    def show(self, running: int) -> None:
+        """Draw it anew, at most once a second."""
+        if time.monotonic() - self.shown < 1:
+            return
+        self.shown = time.monotonic()
+        means = [f"{model} {sum(each) / len(each):.1f}" for model, each in self.accuracies.items()]
+        self.bar.set_postfix_str(", ".join(
+            [f"{running} running", f"{self.failed} failed", *means]))
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,269 @@
+"""run_all.py from its command line to its table, and through everything that stops it."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import run_all
+import train
+from data import DataError
+from data.synthetic import write_dtd
+from models import ModelError
+from sweeps.launching import in_use
+from sweeps.results import SweepError
+from training.command_line import run
+from training.preemption import STOP_SIGNALS
+
+ROOT = Path(__file__).resolve().parent.parent
+ONE, TWO = "dtd_fold1_resnet18_seed42", "dtd_fold2_resnet18_seed42"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("with blanks") / "the data"
+    write_dtd(folder, images_per_class=24, folds=2, size=40, seed=1, num_classes=3)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(data, monkeypatch):
+    """In the folder above the data, which every command names relative to it."""
+    monkeypatch.chdir(data.parent)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def flags(run_dir, *more, models="resnet18", epochs=1) -> list[str]:
+    return ["--data_dir", "the data", "--models", models, "--epochs", str(epochs), "--img_size",
+            "32", "--pretrained", "none", "--workers", "0", "--run_dir", run_dir, *more]
+
+
+def call(*argv: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        run(lambda: run_all.main(list(argv)), DataError, ModelError, SweepError)
+    return left.value.code
+
+
+@pytest.fixture(scope="module")
+def swept(data) -> Path:
+    """Two finished cells."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "run_all.py", *flags("my runs", "--folds", "1-2", "--slots", "2")],
+        cwd=data.parent, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("2 runs: 0 finished, 2 to do (0 of them begun)")
+    assert "[2/2] dtd_fold" in done.stdout and "| resnet18 | 11.18" in done.stdout
+    return data.parent / "my runs"
+
+
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.glob("dtd_*/*")}
+
+
+def test_a_sweep_leaves_a_table_and_a_folder_a_run(swept):
+    plan = {"dataset": "dtd", "models": ["resnet18"], "folds": [1, 2], "seeds": [42]}
+    assert json.loads((swept / "sweep.json").read_text()) == plan
+    assert {path.suffix for path in swept.glob("table.*")} == {".md", ".csv", ".tex"}
+    for name in (ONE, TWO):
+        assert json.loads((swept / name / "results.json").read_text())["epochs"] == 1
+        assert "\nEpoch 1: val_acc" in (swept / name / "output.log").read_text()
+
+
+def test_a_finished_sweep_only_prints_its_table(swept, capsys):
+    before = files(swept)
+    assert call(*flags("my runs", "--folds", "1-2")) == 0
+    out = capsys.readouterr().out
+    assert "2 runs: 2 finished, 0 to do" in out and "(2 folds × 1 seed)" in out
+    assert files(swept) == before
+
+
+def test_runs_of_other_settings_are_named_first_and_neither_reused_nor_touched(swept, capsys):
+    before = files(swept)
+    assert call(*flags("my runs", "--folds", "1-2", epochs=2)) == 1
+    out, err = capsys.readouterr()
+    first, second, *_, last = err.splitlines()
+    assert first.startswith(f"not reused: {Path('my runs', ONE)} holds a run with other settings "
+                            "(epochs 1 → 2): --force moves it aside")
+    assert TWO in second
+    assert last == f"failed or not reused: {ONE}, {TWO}"
+    assert "0 to do (0 of them begun), 2 of other settings" in out
+    assert "2 of 2 missing" in out  # their results are not in the table
+    assert files(swept) == before
+
+
+def test_dry_run_prints_commands_that_work_when_pasted(swept, capsys):
+    before = files(swept)
+    assert call(*flags("my runs", "--seeds", "42-43", "--dry_run")) == 0
+    out, err = capsys.readouterr()
+    line, = out.splitlines()
+    assert not err and "--seed 43" in line
+    assert call(*flags("my runs", "--dry_run", epochs=2)) == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("not reused: ")  # nothing but commands for GNU parallel
+    assert call(*flags("my runs", "--dry-run", "--force")) == 0
+    assert shlex.split(capsys.readouterr().out)[-1] == "--overwrite"
+    assert files(swept) == before
+    subprocess.run(line, shell=True, check=True, capture_output=True)
+    assert call(*flags("my runs", "--seeds", "42-43")) == 0
+    assert "2 runs: 2 finished, 0 to do" in capsys.readouterr().out
+
+
+def test_force_runs_again_and_keeps_the_old_run(swept, capsys):
+    old = (swept / ONE / "results.json").read_text()
+    assert call(*flags("my runs", "--force")) == 0
+    assert "--force: the old run now lies in" in capsys.readouterr().out
+    aside, = (swept / "overwritten").iterdir()
+    assert aside.name.startswith(ONE) and (aside / "results.json").read_text() == old
+    assert (aside / "output.log").exists()
+    new = json.loads((swept / ONE / "results.json").read_text())
+    assert new["test_predictions"] == json.loads(old)["test_predictions"]
+    assert (swept / ONE / "output.log").read_text().count("$ ") == 1
+
+
+FAKE = """
+import json, os, sys, time
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+name = "dtd_fold{--fold}_{--model}_seed{--seed}".format_map(words)
+folder = os.path.join(words["--run_dir"], name)
+print("line of", name)
+"""
+
+
+@pytest.fixture
+def fake_train(monkeypatch, tmp_path):
+    """Cells run this code instead of train.py."""
+    def use(code: str) -> None:
+        (tmp_path / "train.py").write_text(FAKE + code)
+        monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    return use
+
+
+def test_a_failed_run_is_tried_again_and_reported_with_its_last_lines(fake_train, tmp_path, capsys):
+    fake_train("sys.exit(words['--fold'] == '1')")
+    run_dir = str(tmp_path / "runs")
+    assert call(*flags(run_dir, "--folds", "1-2", "--slots", "2")) == 1
+    out, err = capsys.readouterr()
+    assert f"{ONE} failed; its output ends with\n    $ " in out and "once more" in out
+    assert f"{ONE} failed twice; its output ends with\n" in out and f"    line of {ONE}" in out
+    assert err.strip().endswith(f"failed or not reused: {ONE}, {TWO}") or (
+        err.strip().endswith(f"failed or not reused: {TWO}, {ONE}"))  # 2 left no results
+    assert (Path(run_dir) / ONE / "output.log").read_text().count("line of") == 2
+    assert "2 of 2 missing" in out
+
+
+def test_a_run_that_was_stopped_alone_leaves_the_sweep_unfinished(fake_train, tmp_path, capsys):
+    fake_train("sys.exit(75)")
+    assert call(*flags(str(tmp_path / "runs"))) == 75
+    assert "with 1 runs to do: the same command goes on" in capsys.readouterr().err
+
+
+def test_force_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
+    holder = subprocess.Popen([sys.executable, "-S", "-c", (
+        "import fcntl; f = open('.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True);"
+        "input()")], cwd=swept / TWO, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    before = files(swept)
+    assert call(*flags("my runs", "--folds", "1-2", "--force")) == 3
+    holder.communicate(b"\n")
+    assert "in use by another running process" in capsys.readouterr().err
+    assert files(swept) == before
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--folds", "1-3"], ["fold 3"]),
+    (["--folds", "3-1"], ["3-1"]),
+    (["--seeds", "1,1"], ["1,1"]),
+    (["--models", "resnet18,resnet50"], ["resnet50", "twistnet18_no_ais"]),
+    (["--fold", "1"], ["--fold is for train.py", "--folds"]),
+    (["--overwrite"], ["--force"]),
+    (["--epoch", "1"], ["--epoch"]),
+    (["--lr", "fast"], ["--lr", "fast"]),
+    (["--data_dir", "nowhere"], ["nowhere"]),
+    (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
+    (["--run_dir", "the data/labels/train1.txt"], ["--run_dir", "train1.txt"]),
+    (["--slots", "0"], ["--slots"]),
+    (["--slots", "2", "--gpus", "0"], ["--slots", "--gpus"]),
+    (["--gpus", "64"], ["--gpus 64"]),
+    (["--at_once", "3"], ["--at_once goes with --launcher slurm"]),
+    (["--launcher", "slurm", "--slots", "3"], ["--slots goes with --launcher local"]),
+    (["--launcher", "slurm", "--time", "1"], ["--time", "10"]),
+    (["--launcher", "slurm"], ["pip install submitit"]),
+])
+def test_bad_input_is_one_line_before_any_run(more, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run_dir = tmp_path / "runs"
+    assert call(*flags(str(run_dir), *more)) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words)
+    assert not list(run_dir.glob("dtd_*"))
+
+
+def start(run_dir: str, *more: str, epochs: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "run_all.py", *flags(run_dir, *more, epochs=epochs)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def wait_until(condition, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def logged(folder: Path) -> list[int]:
+    log = folder / "log.jsonl"
+    return [json.loads(line)["epoch"] for line in open(log)] if log.exists() else []
+
+
+def check_each_epoch_ran_once(folder: Path, epochs: int) -> None:
+    output = (folder / "output.log").read_text()
+    assert re.findall(r"^Epoch (\d+):", output, re.M) == [str(n) for n in range(1, epochs + 1)]
+    assert logged(folder) == list(range(1, epochs + 1))
+
+
+def test_a_sweep_goes_on_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
+    folder, epochs = tmp_path / ONE, 10
+    for stop in (lambda sweep: os.killpg(sweep.pid, signal.SIGINT),  # as Ctrl-C does
+                 lambda sweep: sweep.kill()):
+        seen = len(logged(folder))
+        sweep = start(str(tmp_path), epochs=epochs)
+        wait_until(lambda seen=seen: len(logged(folder)) > seen)
+        stop(sweep)
+        stopped = time.monotonic()
+        output = sweep.communicate()[0]
+        assert sweep.returncode in (75, -signal.SIGKILL), output
+        assert sweep.returncode < 0 or "1 runs to do: the same command goes on" in output
+        wait_until(lambda: not in_use(folder), 15)  # no orphan works on
+        assert time.monotonic() - stopped < 20
+        assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
+        assert not (folder / "results.json").exists()
+    assert call(*flags(str(tmp_path), epochs=epochs)) == 0
+    assert "0 finished, 1 to do (1 of them begun)" in capsys.readouterr().out
+    check_each_epoch_ran_once(folder, epochs)
+    assert (folder / "output.log").read_text().count("going on with") == 2
+
+
+def test_two_at_once_share_the_cells_and_lose_none_when_one_is_stopped(tmp_path):
+    folders, epochs = [tmp_path / ONE, tmp_path / TWO], 6
+    sweeps = [start(str(tmp_path), "--folds", "1-2", epochs=epochs) for _ in range(2)]
+    wait_until(lambda: all(logged(folder) for folder in folders))  # one cell each
+    sweeps[0].terminate()
+    outputs = [sweep.communicate()[0] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps] == [75, 0], outputs
+    assert "stopped by SIGTERM" in outputs[0] and "(2 folds × 1 seed)" in outputs[1]
+    for folder in folders:
+        check_each_epoch_ran_once(folder, epochs)
