@@ -10,7 +10,6 @@ Writes latest.pt, best.pt, log.jsonl and, at the end, <model>_imagenet.pt with i
 --checkpoint_dir, and the last two into --weights_dir, where train.py and run_all.py find them.
 """
 
-import json
 import os
 import secrets
 import shlex
@@ -23,31 +22,31 @@ from data import DataError
 from data.imagenet import load_imagenet
 from data.images import EvalSet, TrainSet, quick_look
 from data.loading import eval_batches, train_steps
-from data.sampling import StepSampler
-from data.transforms import Augment, EvalTransform, TrainTransform, normalise
+from data.sampling import StepSampler, seed_network
+from data.transforms import EvalTransform, make_augmentation, normalise
 from models import MODELS, ModelError, build_model
+from models.resnet import set_stochastic_depth
 from training import RunError
-from training.checkpoint import (
-    LATEST,
-    PREVIOUS,
-    first_nonfinite,
-    load_checkpoint,
-    serialise,
-    write_atomic,
+from training.board import Board
+from training.checkpoint import LATEST, PREVIOUS, load_checkpoint
+from training.command_line import (
+    Parser,
+    add_amp_flags,
+    add_tensorboard_flag,
+    at_least,
+    run,
 )
-from training.command_line import Parser, add_amp_flags, at_least, run
 from training.distributed import World, start_processes, stop_processes, usable_cpus
-from training.engine import Trainer, choose_precision, evaluate
-from training.loop import Diverged, Progress, Run, restore
-from training.optim import lr_at, make_sgd, warmup_steps
+from training.engine import LOSSES, Trainer, choose_precision, evaluate
+from training.loop import Progress, Run, restore
+from training.optim import OPTIMIZERS, make_schedule, warmup_steps
+from training.outputs import write_weights
 from training.preemption import StopRequest, ignore_stop_signals
-from training.record import Folder, provenance, sha256, write_json
+from training.recipes import FLAGS, RECIPES, in_words
+from training.record import Folder
 
 # What makes a run the run it is. A resumed run takes these from its checkpoint.
-RUN_FLAGS = ("model", "epochs", "batch_size", "lr", "weight_decay", "warmup_epochs",
-             "label_smoothing", "img_size", "seed")
-RECIPE = {"mixup": 0.2, "cutmix": 1.0, "randaugment": [2, 9], "crop_scale": [0.08, 1.0],
-          "momentum": 0.9, "nesterov": True, "schedule": "cosine over steps, after a warm-up"}
+RUN_FLAGS = ("recipe", "model", *FLAGS, "img_size", "seed")
 
 
 def make_parser() -> Parser:
@@ -59,22 +58,27 @@ def make_parser() -> Parser:
                       help="training and validation crop")
     data.add_argument("--workers", type=at_least(0), default=8, metavar="N",
                       help="loader processes per process, at most the CPUs it may use")
-    recipe = parser.add_argument_group("recipe")
+    recipe = parser.add_argument_group("recipe", "defaults are those of the recipe guide")
+    recipe.add_argument("--recipe", default="guide", choices=RECIPES, metavar="NAME",
+                        help="guide, or a1 for timm's A1, in steps of 2048 images whatever the "
+                             "--batch_size (pip install timm)")
     recipe.add_argument("--model", default="twistnet18", choices=MODELS, metavar="NAME",
                         help=f"one of {', '.join(MODELS)}")
-    recipe.add_argument("--epochs", type=at_least(1), default=600, metavar="N", help="epochs")
-    recipe.add_argument("--batch_size", type=at_least(1), default=256, metavar="B",
-                        help="images a process and step")
-    recipe.add_argument("--lr", type=at_least(0, float), default=0.1, metavar="LR",
-                        help="learning rate for 256 images; times global batch / 256")
-    recipe.add_argument("--weight_decay", type=at_least(0, float), default=1e-4, metavar="WD",
+    recipe.add_argument("--epochs", type=at_least(1), metavar="N", help="epochs")
+    recipe.add_argument("--batch_size", type=at_least(1), metavar="B",
+                        help="images a process and step; with a1, at a time")
+    recipe.add_argument("--lr", type=at_least(0, float), metavar="LR",
+                        help="learning rate for 256 images, times global batch / 256; with a1, "
+                             "as it is")
+    recipe.add_argument("--weight_decay", type=at_least(0, float), metavar="WD",
                         help="of convolutions and linear layers; none on norms, biases, gates")
-    recipe.add_argument("--warmup_epochs", type=at_least(0, float), default=5, metavar="N",
+    recipe.add_argument("--warmup_epochs", type=at_least(0, float), metavar="N",
                         help="linear warm-up before the cosine")
-    recipe.add_argument("--label_smoothing", type=at_least(0, float), default=0.1, metavar="E",
+    recipe.add_argument("--label_smoothing", type=at_least(0, float), metavar="E",
                         help="kept on mixed targets")
     recipe.add_argument("--seed", type=at_least(0), default=42, metavar="S",
                         help="of initial weights, order and augmentation")
+    parser.set_defaults(**{name: RECIPES["guide"][name] for name in FLAGS})
     add_amp_flags(parser.add_argument_group("speed")).add_argument(
         "--compile", action="store_true", help="torch.compile the network")
     files = parser.add_argument_group("files")
@@ -89,6 +93,7 @@ def make_parser() -> Parser:
                        help="start anew where a run lies: its files are set aside")
     files.add_argument("--save_minutes", type=at_least(0, float), default=15, metavar="M",
                        help="time between checkpoints within an epoch")
+    add_tensorboard_flag(files)
     return parser
 
 
@@ -96,6 +101,8 @@ def parse_args(argv: list[str] | None = None):
     """The flags, and the checkpoint's state where the run is resumed, with its flags adopted."""
     parser = make_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
+    for name in set(FLAGS) - given:
+        setattr(args, name, RECIPES[args.recipe][name])
     if args.label_smoothing >= 1:
         raise RunError("--label_smoothing must be below 1")
     if args.resume and args.overwrite:
@@ -117,8 +124,10 @@ def parse_args(argv: list[str] | None = None):
 def adopt_flags(args, given: set[str], state: dict) -> None:
     """Take the run's flags from its checkpoint; RunError for a given one that contradicts it."""
     config = state["config"]
-    if not isinstance(config, dict) or any(name not in config for name in RUN_FLAGS):
+    needed = {*RUN_FLAGS, "micro_batches"} - {"recipe"}  # which the first checkpoints do not name
+    if not isinstance(config, dict) or not config.keys() >= needed:
         raise RunError(f"{args.resume} is no checkpoint of pretrain_imagenet.py")
+    config = state["config"] = {"recipe": "guide", **RECIPES["guide"], **config}
     if args.amp is not None and args.amp != (config["precision"] != "fp32"):
         raise RunError(f"--{'amp' if args.amp else 'no_amp'} contradicts {args.resume}, which was "
                        f"made in {config['precision']}: leave the flag out")
@@ -136,14 +145,17 @@ def adopt_flags(args, given: set[str], state: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args, state = parse_args(argv)
+    board = Board(args.checkpoint_dir, wanted=args.tensorboard)
     train, val, classes = load_imagenet(args.data_dir)
     quick_look(val)
     folder = Folder(args.checkpoint_dir)
     world = start_processes()
     stop = StopRequest()
+    config = make_config(args, state, world)
+    transform, augment = make_augmentation(
+        config, size=args.img_size, seed=args.seed, num_classes=len(classes))
     if world.main:
         claim(folder, args)
-    config = make_config(args, state, world)
     sampler = share_out(len(train), config, world)
     if state:
         check_same_data(state, args, classes, len(train))
@@ -153,13 +165,10 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(classes), pretrained="none")
-    model.to(world.device, memory_format=torch.channels_last)
-    augment = Augment(len(classes), seed=args.seed, magnitude=RECIPE["randaugment"][1],
-                      mixup=RECIPE["mixup"], cutmix=RECIPE["cutmix"])
-    base_lr = args.lr * sampler.global_batch / 256
-    trainer = Trainer(
-        model, make_sgd(model, lr=base_lr, weight_decay=args.weight_decay), world,
-        config["precision"], augment, label_smoothing=args.label_smoothing)
+    base_lr = args.lr
+    if config["lr_images"]:
+        base_lr = args.lr * sampler.global_batch / config["lr_images"]
+    trainer = make_trainer(config, model, world, augment, lr=base_lr)
     progress = restore(trainer, state) if state else Progress()
     if args.compile:
         model.compile()
@@ -171,27 +180,33 @@ def main(argv: list[str] | None = None) -> None:
                "pin_memory": world.device.type == "cuda"}
     if world.main:
         announce(config, sampler, len(val), model, base_lr, total, warmup, loading["workers"])
-    transform = TrainTransform(args.img_size, scale=tuple(RECIPE["crop_scale"]),
-                               num_ops=RECIPE["randaugment"][0])
     val_batches, rounds = eval_batches(
-        EvalSet(val, EvalTransform(args.img_size)), batch_size=args.batch_size,
-        rank=world.rank, world=world.size, **loading)
+        EvalSet(val, EvalTransform(args.img_size, config["test_resize"])),
+        batch_size=args.batch_size, rank=world.rank, world=world.size, **loading)
     Run(
         trainer, progress, folder, stop,
         steps_from=lambda first: train_steps(TrainSet(train, transform, args.seed), sampler,
                                              first=first, last=total, **loading),
         validate=lambda between: evaluate(trainer, val_batches, normalise, rounds=rounds,
                                           name_of=val.name, between=between)[0],
-        lr_of=lambda step: lr_at(step, base=base_lr, total_steps=total, warmup_steps=warmup),
+        lr_of=make_schedule(config, base=base_lr, total_steps=total, warmup_steps=warmup),
         epochs=args.epochs, steps_per_epoch=sampler.steps_per_epoch, name_of=train.name,
         frozen={"config": config, "classes": classes, "images": len(train)},
-        resume_with=shlex.join(["--data_dir", str(args.data_dir), "--resume",
-                                str(folder.path / LATEST)]),
-        save_seconds=60 * args.save_minutes,
+        resume_with=resume_command(args, world),
+        follow=board, save_seconds=60 * args.save_minutes,
     ).fit()
     if world.main:
         export(args, config, model, progress.rows, classes)
+        folder.status("finished", epoch=args.epochs)
     stop_processes()
+
+
+def resume_command(args, world: World) -> str:
+    launcher = ["python"]
+    if world.size > 1:
+        launcher = ["torchrun", f"--nproc_per_node={world.local_size}"]
+    return shlex.join([*launcher, "pretrain_imagenet.py", "--data_dir", str(args.data_dir),
+                       "--resume", str(args.checkpoint_dir / LATEST)])
 
 
 def claim(folder: Folder, args) -> None:
@@ -215,9 +230,29 @@ def make_config(args, state: dict | None, world: World) -> dict:
     """What the checkpoint says of its run; of a run that begins, its flags and its processes."""
     if state:
         return {**state["config"], "epochs": args.epochs}
-    return {**{name: getattr(args, name) for name in RUN_FLAGS}, **RECIPE,
+    recipe = RECIPES[args.recipe]
+    micro_batches, left = world.size, 0
+    if recipe["global_batch"]:
+        micro_batches, left = divmod(recipe["global_batch"], args.batch_size)
+    if left or not micro_batches:
+        raise RunError(f"--batch_size {args.batch_size} does not divide the "
+                       f"{recipe['global_batch']} images of a step of --recipe {args.recipe}: use "
+                       "one that does, such as 256")
+    return {**recipe, **{name: getattr(args, name) for name in RUN_FLAGS},
             "precision": choose_precision(world.device, args.amp),
-            "micro_batches": world.size, "run": secrets.token_hex(8)}
+            "micro_batches": micro_batches, "run": secrets.token_hex(8)}
+
+
+def make_trainer(config: dict, model: torch.nn.Module, world: World, augment, *, lr: float):
+    """The network with the optimizer, the loss and the stochastic depth of its recipe."""
+    set_stochastic_depth(model, config["stochastic_depth"])
+    model.to(world.device, memory_format=torch.channels_last)
+    make_optimizer = OPTIMIZERS[config["optimizer"]]
+    return Trainer(
+        model, make_optimizer(model, lr=lr, weight_decay=config["weight_decay"]), world,
+        config["precision"], augment, label_smoothing=config["label_smoothing"],
+        loss=LOSSES[config["loss"]],
+        seed_forward=lambda step, micro: seed_network(config["seed"], step, micro, 2))
 
 
 def share_out(images: int, config: dict, world: World) -> StepSampler:
@@ -226,12 +261,15 @@ def share_out(images: int, config: dict, world: World) -> StepSampler:
     if micro_batches % world.size:
         raise RunError(f"the run has {micro_batches} micro-batches of {config['batch_size']} a "
                        f"step, which {world.size} processes cannot share evenly: use a number of "
-                       f"processes that divides {micro_batches}")
+                       f"processes that divides {micro_batches}"
+                       + (", or a smaller --batch_size" if config["global_batch"] else ""))
     if images < micro_batches:
-        raise RunError(f"--data_dir has {images} training images, fewer than the "
-                       f"{micro_batches} processes: use fewer")
+        raise RunError(f"--data_dir has {images} training images, fewer than the {micro_batches} "
+                       "micro-batches of a step: use fewer processes"
+                       + (", or a larger --batch_size" if config["global_batch"] else ""))
     sampler = StepSampler(images, seed=config["seed"], micro_batch=config["batch_size"],
-                          micro_batches=micro_batches, rank=world.rank, world=world.size)
+                          micro_batches=micro_batches, rank=world.rank, world=world.size,
+                          repeats=config["repeats"])
     if sampler.micro_batch == 1 and config["img_size"] <= 32:
         raise RunError("BatchNorm needs more than one value a channel: use a --batch_size above 1, "
                        "or an --img_size above 32")
@@ -251,10 +289,14 @@ def announce(config, sampler, val_images, model, base_lr, total, warmup, workers
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{config['model']}: {parameters:,} parameters, {model.fc.out_features} classes, "
           f"{sampler.images:,} training and {val_images:,} validation images")
+    print(f"recipe {config['recipe']}: "
+          + in_words({name: config[name] for name in RECIPES[config["recipe"]]}))
+    lr = f"lr {base_lr:g}"
+    if config["lr_images"]:
+        lr += f" ({config['lr']:g} × {sampler.global_batch} / {config['lr_images']})"
     print(f"global batch {sampler.global_batch} ({sampler.micro_batches} × {sampler.micro_batch}), "
-          f"lr {base_lr:g} ({config['lr']:g} × {sampler.global_batch} / 256), {config['epochs']} "
-          f"epochs of {sampler.steps_per_epoch} steps, {config['precision']}, {workers} workers a "
-          "process")
+          f"{lr}, {config['epochs']} epochs of {sampler.steps_per_epoch} steps, "
+          f"{config['precision']}, {workers} workers a process")
     if sampler.micro_batch < config["batch_size"]:
         print(f"the training set is smaller than a batch of {config['batch_size']} a process: "
               f"each epoch is one step of {sampler.global_batch} images")
@@ -265,46 +307,13 @@ def announce(config, sampler, val_images, model, base_lr, total, warmup, workers
 
 
 def export(args, config: dict, model: torch.nn.Module, rows: list[dict], classes: list[str]):
-    """Write the last epoch's weights and their JSON into both folders, byte for byte the same."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    bad = first_nonfinite(state)
-    if bad:
-        raise Diverged(f"{bad} is not finite: the weights were not written")
-    weights = serialise(state)
+    """Write the last epoch's weights into both folders."""
     about = {
-        "model": args.model, "parameters": sum(p.numel() for p in model.parameters()),
-        "classes": len(classes), "class_names": classes, "epochs": len(rows),
+        "model": args.model, "classes": len(classes), "class_names": classes, "epochs": len(rows),
         "top1": rows[-1]["val_top1"], "top5": rows[-1]["val_top5"], "img_size": args.img_size,
-        "recipe": config, "seed": args.seed, **provenance(), "sha256": sha256(weights),
+        "recipe": config, "seed": args.seed,
     }
-    name = f"{args.model}_imagenet.pt"
-    for folder in (args.checkpoint_dir, args.weights_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-        make_way(folder / name, config["run"])
-        write_atomic(folder / name, weights)
-        write_json((folder / name).with_suffix(".json"), about)
-        print(f"wrote {folder / name}", flush=True)
-    Folder(args.checkpoint_dir).status("finished", epoch=len(rows))
-
-
-def make_way(path: Path, run: str) -> None:
-    """Rename a weights file that another run wrote, with its JSON, by the date it was written."""
-    about = path.with_suffix(".json")
-    if not path.exists():
-        return
-    try:
-        if json.loads(about.read_text())["recipe"]["run"] == run:
-            return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no JSON, or somebody else's: not this run's
-    written = time.strftime("%Y-%m-%d_%H%M%S", time.localtime(path.stat().st_mtime))
-    old = path.with_name(f"{path.stem}.{written}{path.suffix}")
-    while old.exists():
-        old = old.with_name(f"{old.stem}+{path.suffix}")
-    path.rename(old)
-    if about.exists():
-        about.rename(old.with_suffix(".json"))
-    print(f"{path} was another run's: it is now {old}", flush=True)
+    write_weights(model, about, f"{args.model}_imagenet", [args.checkpoint_dir, args.weights_dir])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ goes on with an interrupted run and leaves a finished one as it is.
 
 import argparse
 import os
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -17,18 +19,26 @@ import torch
 from torch import nn
 
 from data import DataError
+from data.cache import decoded
 from data.images import EvalSet, ImageFiles, TrainSet, quick_look
 from data.loading import eval_batches, train_steps
 from data.sampling import StepSampler
 from data.splits import Splits, fingerprint
 from data.textures import DATASETS, download_dtd, load_splits
-from data.transforms import Augment, EvalTransform, TrainTransform, normalise
+from data.transforms import EvalTransform, make_augmentation, normalise
 from models import MODELS, ModelError, build_model
 from models.twistnet import TwistBlock
 from models.weights import weights_identity
 from training import RunError
+from training.board import Board
 from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
-from training.command_line import Parser, add_amp_flags, at_least, run
+from training.command_line import (
+    Parser,
+    add_amp_flags,
+    add_tensorboard_flag,
+    at_least,
+    run,
+)
 from training.distributed import World, start_processes, usable_cpus
 from training.engine import Trainer, choose_precision, evaluate
 from training.loop import Progress, Run, restore
@@ -56,6 +66,9 @@ def make_parser() -> Parser:
                       help="fetch DTD into --data_dir first, unless it is there")
     data.add_argument("--workers", type=at_least(0), default=4, metavar="N",
                       help="loader processes, at most the CPUs there are")
+    data.add_argument("--no_cache", action="store_true",
+                      help="decode the images in every epoch, instead of once for all runs into "
+                           ".twistnet_cache beside them")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--model", default="twistnet18", choices=MODELS, metavar="NAME",
                         help=f"one of {', '.join(MODELS)}")
@@ -77,6 +90,7 @@ def make_parser() -> Parser:
                        help="start anew where a run lies: its files move to RUN_DIR/overwritten")
     files.add_argument("--save_minutes", type=at_least(0, float), default=15, metavar="M",
                        help="time between checkpoints within an epoch")
+    add_tensorboard_flag(files)
     return parser
 
 
@@ -142,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RunError("train.py is one process a run: start it with python, not torchrun, and "
                        "many runs with run_all.py")
+    board = Board(run_folder(args), wanted=args.tensorboard)
     splits = load_data(args)
     world = start_processes()
     config = make_config(args, splits, world.device)
@@ -157,6 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{folder.path} is finished: val_acc {results['val_acc']:.1f}, test_acc "
               f"{results['test_acc']:.1f}")
         return
+    if not args.no_cache:
+        splits = decoded(splits, workers=min(args.workers, usable_cpus()), stop=lambda: bool(stop))
     quick_look(splits.val)
     quick_look(splits.test)
     state = load_started(folder.path, config)
@@ -165,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = state["weights"] if state else model.weights_origin
     the_run, test = make_run(args, config, splits, model, folder=folder, world=world, stop=stop)
     the_run.frozen["weights"] = weights
+    the_run.follow = board
     if state:
         the_run.progress = restore(the_run.trainer, state)
     write_json(folder.path / CONFIG, config)
@@ -198,8 +216,8 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
     """The run, and what scores the test set."""
     num_classes = len(splits.classes)
     model.to(world.device, memory_format=torch.channels_last)
-    augment = Augment(num_classes, seed=args.seed, magnitude=RECIPE["randaugment"][1],
-                      mixup=RECIPE["mixup"], cutmix=RECIPE["cutmix"])
+    transform, augment = make_augmentation(RECIPE, size=args.img_size, seed=args.seed,
+                                           num_classes=num_classes)
     trainer = Trainer(
         model, make_sgd(model, lr=args.lr, weight_decay=RECIPE["weight_decay"]), world,
         config["precision"], augment, label_smoothing=RECIPE["label_smoothing"],
@@ -215,8 +233,6 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
                           total_steps=total)
     loading = {"workers": min(args.workers, usable_cpus()), "worker_init": ignore_stop_signals,
                "pin_memory": world.device.type == "cuda"}
-    transform = TrainTransform(args.img_size, scale=tuple(RECIPE["crop_scale"]),
-                               num_ops=RECIPE["randaugment"][0])
 
     def scorer(source: ImageFiles):
         batches, rounds = eval_batches(EvalSet(source, EvalTransform(args.img_size)),
@@ -233,7 +249,7 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
         lr_of=lambda step: lr_at(step, base=args.lr, total_steps=total, warmup_steps=warmup),
         epochs=args.epochs, steps_per_epoch=sampler.steps_per_epoch, name_of=splits.train.name,
         frozen={"config": config, "classes": splits.classes, "images": len(splits.train)},
-        resume_with="the same command", extra_row=lambda: gates(model),
+        resume_with=shlex.join(["python", *sys.argv]), extra_row=lambda: gates(model),
         save_seconds=60 * args.save_minutes,
     ), scorer(splits.test)
 

@@ -1,28 +1,44 @@
-"""ImageNet and any other tree of class folders: train/<class>/**/image, val/<class>/**/image."""
+"""ImageNet and any other tree of class folders: train/<class>/**/image, val/<class>/**/image.
+
+Or a folder that tools/pack.py made of one. Listing a large tree takes minutes on some file systems,
+so its listing is kept and holds until one of its folders changes.
+"""
 
 import os
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data import DataError
+from data.cache import cache_folders
 from data.images import ImageFiles
+from data.packed import ABOUT, BEGUN, PackedImages, read_about
+
+Source = ImageFiles | PackedImages
+KEPT_FROM = 20_000  # images; a smaller tree is listed as fast as its listing is read
+SETTLED = 2.0  # seconds: a folder changed so shortly before may change again at the same mtime
 
 
-def load_imagenet(data_dir: str | Path) -> tuple[ImageFiles, ImageFiles, list[str]]:
+def load_imagenet(data_dir: str | Path) -> tuple[Source, Source, list[str]]:
     """The training images, the validation images and the class names, in label order.
 
     Raises DataError when a split is missing, a class is empty, or val/ has other classes than
     train/ (its labels would then mean other classes: accuracies would be wrong, not missing).
     """
     root = Path(data_dir)
+    if os.path.isfile(root / ABOUT):
+        return _load_packed(root)
+    if os.path.isfile(root / BEGUN):
+        raise DataError(f"{root} is not packed to the end: run its tools.pack again, it goes on")
     for split in ("train", "val"):
-        if not (root / split).is_dir():
+        if not os.path.isdir(root / split):
             raise DataError(f"{root / split} is not there: --data_dir must be a folder with train/ "
                             "and val/, each of one folder of images a class")
-    train, classes = list_tree(root / "train")
-    val, val_classes = list_tree(root / "val")
+    train, classes = _listing(root, "train")
+    val, val_classes = _listing(root, "val")
     if val_classes != classes:
         extra = sorted(set(val_classes) - set(classes))
         missing = sorted(set(classes) - set(val_classes))
@@ -33,14 +49,76 @@ def load_imagenet(data_dir: str | Path) -> tuple[ImageFiles, ImageFiles, list[st
     return train, val, classes
 
 
-def list_tree(root: Path) -> tuple[ImageFiles, list[str]]:
+def _load_packed(root: Path) -> tuple[PackedImages, PackedImages, list[str]]:
+    about = read_about(root)
+    lacking = [split for split in ("train", "val") if split not in about["splits"]]
+    if lacking:
+        raise DataError(f"{root / ABOUT} has no {lacking[0]} images: pack a tree that has them")
+    train, val = (PackedImages(root, split, about["splits"][split]) for split in ("train", "val"))
+    return train, val, about["classes"]
+
+
+def _listing(root: Path, split: str) -> tuple[ImageFiles, list[str]]:
+    """`list_tree` of one split, from the listing that is kept where no folder has changed."""
+    places = [folder / f"{split}_listing.npz" for folder in cache_folders(root)]
+    for place in places:
+        kept = _read_listing(place, root / split)
+        if kept:
+            return kept
+    started, folders = time.time(), {}
+    source, classes = list_tree(root / split, folders)
+    # A folder that is in the making may change again without a new time of change.
+    if len(source) >= KEPT_FROM and max(folders.values()) < (started - SETTLED) * 1e9:
+        for place in places:
+            if _write_listing(place, source, classes, folders):
+                break
+    return source, classes
+
+
+def _read_listing(place: Path, root: Path) -> tuple[ImageFiles, list[str]] | None:
+    try:
+        with np.load(place, allow_pickle=False) as kept:
+            folders = [os.fsdecode(name) for name in kept["folders"].tolist()]
+            if [_mtime(root / name) for name in folders] != kept["mtimes"].tolist():
+                return None
+            classes = [os.fsdecode(name) for name in kept["classes"].tolist()]
+            return ImageFiles(root, kept["files"], kept["labels"]), classes
+    except Exception:  # there is none, or it is damaged in one of many ways: list again
+        return None
+
+
+def _write_listing(place: Path, source: ImageFiles, classes: list[str], folders: dict) -> bool:
+    partial = place.with_name(f"{place.name}.{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            np.savez(file, files=source.files, labels=source.labels,
+                     classes=np.array([os.fsencode(name) for name in classes]),
+                     folders=np.array([os.fsencode(name) for name in folders]),
+                     mtimes=np.array(list(folders.values())))
+        os.replace(partial, place)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        return False
+    return True
+
+
+def _mtime(folder: Path) -> int:
+    return os.stat(folder).st_mtime_ns
+
+
+def list_tree(root: Path, folders: dict[str, int] | None = None) -> tuple[ImageFiles, list[str]]:
     """All images below the class folders of `root`; class names sorted, labels by that order.
 
     Hidden files and folders (.ipynb_checkpoints, ._x.JPEG) are not classes and not images.
+    `folders` is filled with every folder that was listed and its time of change, in ns.
     """
+    folders = {} if folders is None else folders
     try:
+        folders[""] = _mtime(root)
         classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and _shown(e.name))
-        files = [sorted(_images(root / name, name)) for name in classes]
+        files = [sorted(_images(root, name, folders)) for name in classes]
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be listed ({error.strerror})") from error
     if not classes:
@@ -54,14 +132,14 @@ def list_tree(root: Path) -> tuple[ImageFiles, list[str]]:
     return ImageFiles(root, listing, labels), classes
 
 
-def _images(folder: Path, prefix: str) -> list[str]:
-    found = []
-    for entry in os.scandir(folder):
-        name = f"{prefix}/{entry.name}"
+def _images(root: Path, folder: str, folders: dict[str, int]) -> list[str]:
+    found, folders[folder] = [], _mtime(root / folder)  # before it is listed
+    for entry in os.scandir(root / folder):
+        name = f"{folder}/{entry.name}"
         if not _shown(entry.name):
             continue
         if entry.is_dir():
-            found += _images(folder / entry.name, name)
+            found += _images(root, name, folders)
         elif entry.name.lower().endswith(IMG_EXTENSIONS):
             found.append(name)
     return found

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch.utils.data import DataLoader
 
-from data.images import EvalSet, Sample, TrainSet
+from data.images import EvalSet, Sample, TrainSet, collate
 from data.sampling import StepSampler
 
 
@@ -17,7 +17,7 @@ def train_steps(
     One iterator for the whole run: the workers go on loading while a validation takes place.
     """
     sampler.first_step, sampler.last_step = first, last
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers,
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate,
                         pin_memory=pin_memory, worker_init_fn=worker_init)
     share = [iter(loader)] * (sampler.micro_batches // sampler.world)
     return map(list, zip(*share, strict=True))  # the one iterator, taken by so many at a time
@@ -35,6 +35,6 @@ def eval_batches(
     n = len(dataset)
     cut = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
     loader = DataLoader(dataset, batch_sampler=cut[rank::world], num_workers=workers,
-                        pin_memory=pin_memory, persistent_workers=workers > 0,
-                        worker_init_fn=worker_init)
+                        collate_fn=collate, pin_memory=pin_memory,
+                        persistent_workers=workers > 0, worker_init_fn=worker_init)
     return loader, -(-len(cut) // world)

@@ -1,9 +1,10 @@
 """Which images a step sees, and with which random draws: pure functions of the seed.
 
 Nothing here depends on a worker's history. The order of an epoch is a function of (seed, epoch),
-a sample's augmentation one of (seed, epoch, index), and a micro-batch's mixing one of
-(seed, step, micro-batch). So any number of workers gives the same images, a run resumes at any
-step without replaying data, and another number of processes shares out the same micro-batches.
+a sample's augmentation one of (seed, epoch, index, repeat), and a micro-batch's mixing and the
+network's own draws are ones of (seed, step, micro-batch). So any number of workers gives the same
+images, a run resumes at any step without replaying data, and another number of processes shares
+out the same micro-batches.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,12 @@ def seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
+def seed_network(*key: int) -> None:
+    """Seed what a network draws by itself, on every device, and leave it so."""
+    torch.manual_seed(key_seed(*key))
+
+
+class StepSampler(Sampler[list[tuple[int, ...]]]):
     """The micro-batches of one rank, from one global step to another, as lists of (epoch, index).
 
     A global step is `micro_batches` micro-batches of `micro_batch` images, cut one after another
@@ -42,13 +48,18 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     Rank r of W takes micro-batches r, r + W, r + 2W, … of each step. A set that is smaller than a
     step is trained as one step of smaller micro-batches.
 
+    With `repeats` above 1 an epoch has as many samples, of the first images of its order alone:
+    (epoch, index, repeat), each so many times with other draws. An image's repeats share a step (at
+    its ends, two), as far apart in it as can be: in micro-batches of their own where there are
+    so many, and else not side by side, where an image would be mixed with itself.
+
     `micro_batch` and `micro_batches` belong to the run, `rank` and `world` to the processes that
     happen to carry it: W must divide `micro_batches`.
     """
 
     def __init__(
         self, images: int, *, seed: int, micro_batch: int, micro_batches: int,
-        rank: int = 0, world: int = 1,
+        rank: int = 0, world: int = 1, repeats: int = 1,
     ):
         if micro_batches % world:
             raise ValueError(f"{micro_batches} micro-batches a step cannot be shared by {world}")
@@ -56,7 +67,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             raise ValueError(f"{images} images cannot fill {micro_batches} micro-batches")
         self.images, self.seed, self.rank, self.world = images, seed, rank, world
         self.micro_batch = min(micro_batch, images // micro_batches)
-        self.micro_batches = micro_batches
+        self.micro_batches, self.repeats = micro_batches, repeats
         self.global_batch = self.micro_batch * micro_batches
         self.steps_per_epoch = images // self.global_batch
         self.first_step, self.last_step = 0, self.steps_per_epoch
@@ -64,15 +75,18 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * (self.micro_batches // self.world)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         order_epoch, order = -1, np.empty(0, np.int64)
         for step in range(self.first_step, self.last_step):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order_epoch, order = epoch, self.order(epoch)
-            batch = order[step_in_epoch * self.global_batch :][: self.global_batch]
-            for micro in batch.reshape(self.micro_batches, -1)[self.rank :: self.world]:
-                yield [(epoch, index) for index in micro.tolist()]
+            first = step_in_epoch * self.global_batch
+            places, repeat = np.divmod(np.arange(first, first + self.global_batch), self.repeats)
+            keys = [order[places]] + [repeat] * (self.repeats > 1)
+            batch = np.stack(keys, 1)[np.argsort(repeat, kind="stable")]
+            for micro in np.split(batch, self.micro_batches)[self.rank :: self.world]:
+                yield [(epoch, *key) for key in micro.tolist()]
 
     def order(self, epoch: int) -> np.ndarray:
         """The permutation of all image indices that `epoch` (from 0) walks through."""

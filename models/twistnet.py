@@ -3,13 +3,12 @@
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torchvision.models.resnet import BasicBlock
 
-from models.resnet import ResNet
+from models.resnet import Block, ResNet
 from models.stci import STCI
 
 
-class TwistBlock(BasicBlock):
+class TwistBlock(Block):
     """BasicBlock plus sigmoid(gate) * STCI of its middle activation; stci are STCI's settings.
 
     It starts its own weights. A pass of kaiming over every convolution after it was built would
@@ -29,12 +28,11 @@ class TwistBlock(BasicBlock):
         self.stci = STCI(channels, **stci)  # after the pass above, which must not reach it
         self.gate = nn.Parameter(torch.tensor(-2.0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Tensor:
         h = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(h))
         out += self.stci(h, torch.sigmoid(self.gate))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
+        return out
 
 
 class TwistNet(ResNet):

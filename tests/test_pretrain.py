@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -224,7 +226,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tree):
     from training.loop import Diverged
     with pytest.raises(Diverged, match=r"not finite at epoch \d step \d+, learning rate 1"):
         pretrain(tree, lr=1e12, warmup_epochs=0)
-    assert not Path("weights").exists()
+    assert not list(Path("weights").iterdir())
     assert json.loads(Path("checkpoints/status.json").read_text())["state"] == "diverged"
 
 
@@ -240,6 +242,30 @@ def test_bad_input_is_one_line_and_exit_2(flags, message):
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr
+
+
+def test_a_signalled_process_saves_and_leaves_with_75(tree):
+    command = [sys.executable, ROOT / "pretrain_imagenet.py", "--data_dir", tree, "--model",
+               "resnet18", "--img_size", "32", "--batch_size", "4", "--epochs", "500",
+               "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = Path("checkpoints/log.jsonl")
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    other = subprocess.run(command, capture_output=True, text=True)  # while the first one runs
+    assert other.returncode == 3 and "in use by another running process" in other.stderr
+    process.send_signal(signal.SIGUSR1)
+    told = time.monotonic()
+    line = process.communicate()[1].strip().splitlines()[-1]
+    assert process.returncode == 75 and time.monotonic() - told < 20
+    status = json.loads(Path("checkpoints/status.json").read_text())
+    assert status["state"] == "preempted" and status["message"] in line
+    words = shlex.split(status["resume"])
+    assert words[:2] == ["python", "pretrain_imagenet.py"]
+    epochs = str(len(rows()) + 1)
+    pretrain_imagenet.main([*words[2:], "--epochs", epochs, "--workers", "0"])
+    assert len(rows()) == int(epochs)
 
 
 def torchrun(tree, *flags):

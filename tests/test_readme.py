@@ -11,6 +11,7 @@ import run_all
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
+READMES = ("README.md", "README.zh-CN.md")
 PARSE = {"pretrain_imagenet.py": pretrain_imagenet.parse_args, "run_all.py": run_all.parse_args,
          "train.py": lambda argv: train.make_parser().parse_args(argv)}
 # The commands of the guides that users were given, beyond those that the README has too.
@@ -24,8 +25,19 @@ python train.py --data_dir data/dtd --dataset dtd --fold 1 --seed 42 --model twi
 """.strip().splitlines()  # noqa: E501
 
 
-def blocks(readme):
-    return re.findall(r"^```bash\n(.*?)^```$", (ROOT / readme).read_text(), re.M | re.S)
+def text_of(readme):
+    return (ROOT / readme).read_text(encoding="utf-8")
+
+
+def blocks(readme, language="bash"):
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(readme), re.M | re.S)
+    return [block for name, block in found if name == language]
+
+
+def tool_commands(readme):
+    """Every `python -m tools.…` with its arguments, in the text as well as in the blocks."""
+    return [" ".join(command.split())
+            for command in re.findall(r"python -m tools\.[^`]+", text_of(readme))]
 
 
 def script_lines(readme):
@@ -39,7 +51,8 @@ def test_the_first_two_blocks_are_one_command_line_each():
     assert "tools.demo" in first and "pytest" in second
 
 
-@pytest.mark.parametrize("line", [*script_lines("README.md"), *GUIDES])
+@pytest.mark.parametrize(
+    "line", [*(line for readme in READMES for line in script_lines(readme)), *GUIDES])
 def test_every_command_is_taken_as_written(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)
@@ -54,6 +67,13 @@ def test_every_command_is_taken_as_written(line, tmp_path, monkeypatch):
 
 
 def test_every_tool_and_file_that_is_named_is_there():
-    text = (ROOT / "README.md").read_text()
-    for tool in re.findall(r"python -m (tools\.[a-z_]+)", text):
+    for tool in re.findall(r"python -m (tools\.[a-z_]+)", text_of("README.md")):
         assert (ROOT / tool.replace(".", "/")).with_suffix(".py").is_file()
+
+
+def test_both_languages_have_the_same_commands():
+    english, chinese = READMES
+    assert blocks(english) == blocks(chinese)
+    assert blocks(english, "")[1:] == blocks(chinese, "")[1:]  # all but the picture
+    assert tool_commands(english) == tool_commands(chinese)
+    assert f"({chinese})" in text_of(english) and f"({english})" in text_of(chinese)

@@ -116,3 +116,27 @@ def test_the_order_leaves_numpys_global_generator_alone():
     before = np.random.get_state()[1].copy()
     StepSampler(9, seed=0, micro_batch=3, micro_batches=1).order(0)
     assert np.array_equal(np.random.get_state()[1], before)
+
+
+def test_repeats_fill_an_epoch_with_a_third_of_its_images():
+    sampler = StepSampler(24, seed=5, micro_batch=4, micro_batches=3, repeats=3)
+    order, micros = sampler.order(0), list(sampler)
+    assert len(micros) == len(sampler) == 6
+    drawn = sorted(key for micro in micros for key in micro)
+    assert drawn == sorted((0, index, repeat) for index in order[:8].tolist()
+                           for repeat in range(3))
+    assert micros[1] == [(0, index, 1) for index in order[:4].tolist()]
+    for micro in micros:  # an image's repeats are in micro-batches of their own
+        assert len({index for _, index, _ in micro}) == 4
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
+def test_repeats_are_not_side_by_side_and_are_shared_alike(micro_batches):
+    def keys(rank=0, world=1):
+        return list(StepSampler(200, seed=1, micro_batch=64 // micro_batches, repeats=3, rank=rank,
+                                micro_batches=micro_batches, world=world))
+    alone = keys()
+    for micro in alone:  # mixing takes the neighbour, and the last one's is the first
+        assert all(a[1] != b[1] for a, b in zip(micro, micro[1:] + micro[:1], strict=True))
+    if micro_batches > 1:
+        assert alone[::2] == keys(0, 2) and alone[1::2] == keys(1, 2)

@@ -46,8 +46,8 @@ def main() -> None:
               num_classes=CLASSES)
     for model in MODELS:
         call(["pretrain_imagenet.py", "--data_dir", "data/imagenet", "--model", model,
-              "--img_size", str(SIZE), "--epochs", "8", "--warmup_epochs", "1",
-              "--batch_size", "32", "--lr", "0.2", "--checkpoint_dir", f"checkpoints/{model}",
+              "--img_size", str(SIZE), "--epochs", "10", "--warmup_epochs", "1",
+              "--batch_size", "16", "--lr", "0.3", "--checkpoint_dir", f"checkpoints/{model}",
               "--resume", "auto"], out)
     call(["run_all.py", "--data_dir", "data/dtd", "--dataset", "dtd",
           "--models", ",".join(MODELS), "--folds", "1-2", "--seeds", "42",

@@ -61,7 +61,8 @@ def parse_args(argv: list[str] | None):
     how.add_argument("--img_size", type=at_least(32), metavar="PX",
                      help="crop (default: as in training, else 224)")
     how.add_argument("--resize", type=at_least(32), metavar="PX",
-                     help="shorter side before the crop (default: 256/224 of it)")
+                     help="shorter side before the crop (default: as in training, "
+                          "else 256/224 of it)")
     how.add_argument("--flip", action="store_true",
                      help="average the logits of each image and its mirror image")
     how.add_argument("--batch_size", type=at_least(1), metavar="B",
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     settle(args, trained)
     source, classes, seen = load_data(args, trained)
     check_classes(about, classes, args.data_dir)
-    transform = EvalTransform(args.img_size)
+    transform = EvalTransform(args.img_size, trained.get("test_resize", 256))
     transform.resize = args.resize or transform.resize
     if transform.resize < args.img_size:
         raise UsageError(f"--resize {args.resize} is smaller than the crop of {args.img_size}")

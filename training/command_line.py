@@ -60,10 +60,16 @@ def add_amp_flags(group) -> argparse._ArgumentGroup:
     """--amp and --no_amp, None where neither is given; see engine.choose_precision."""
     group.add_argument("--amp", action="store_true", default=None,
                        help="mixed precision: bf16 where the device has it, else fp16 (the default "
-                            "with CUDA)")
+                            "with CUDA, and on CPUs with bf16 instructions)")
     group.add_argument("--no_amp", dest="amp", action="store_false", default=None,
                        help="float32 throughout")
     return group
+
+
+def add_tensorboard_flag(group) -> None:
+    group.add_argument("--tensorboard", action="store_true",
+                       help="also write the log as TensorBoard's event files, beside it "
+                            "(pip install tensorboard)")
 
 
 def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
@@ -103,8 +109,8 @@ def run(main: Callable[[], None], *usage_errors: type[Exception]) -> None:
     except RuntimeError as error:
         if "gloo/transport" not in str(error) and "NCCL" not in str(error):
             raise
-        code = _say(f"error: another rank is gone: resume from {LATEST}, as torchrun --max_restarts "
-                    "does with --resume auto", EXIT_FAILED)
+        code = _say(f"error: another rank is gone: resume from {LATEST}, as torchrun "
+                    "--max_restarts does with --resume auto", EXIT_FAILED)
     except BrokenPipeError:  # whoever read the output has left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED

@@ -19,13 +19,27 @@ from training.distributed import World
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def binary_cross_entropy(logits, targets, *, label_smoothing: float) -> torch.Tensor:
+    """timm's: each class a question of its own, the mean over images and classes.
+
+    logits, targets: B × classes; targets are smoothed as those of timm's Mixup are.
+    """
+    targets = targets * (1 - label_smoothing) + label_smoothing / targets.shape[1]
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+LOSSES = {"cross-entropy": F.cross_entropy, "binary cross-entropy": binary_cross_entropy}
+
+
 def choose_precision(device: torch.device, amp: bool | None) -> str:
     """The name in PRECISIONS for what --amp (True), --no_amp (False) or neither asks of `device`.
 
-    By default mixed precision is on with CUDA. bf16 where the device has it, else fp16.
+    By default mixed precision is on where it helps: with CUDA, and on a CPU with instructions for
+    bf16. bf16 where the device has it, else fp16.
     """
     if amp is None:
-        amp = device.type == "cuda"
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        amp = device.type == "cuda" or bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     if not amp:
         return "fp32"
     return "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "fp16"
@@ -36,7 +50,7 @@ class Trainer:
     """A network with all that one step of training it needs.
 
     `model` stays the bare module: its names are the checkpoint's names, with DDP and with
-    `compile`. The loss is cross-entropy with soft targets and `label_smoothing`.
+    `compile`.
     """
 
     model: nn.Module
@@ -46,6 +60,8 @@ class Trainer:
     augment: Callable  # (images, labels, draws, step=, micro=) -> images, soft targets
     label_smoothing: float = 0.1
     clip_norm: float | None = None
+    loss: Callable = F.cross_entropy  # (logits, soft targets, label_smoothing=) -> their mean
+    seed_forward: Callable = lambda step, micro: None  # before what the network itself draws
     wrapped: nn.Module = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
     loss_sum: torch.Tensor = field(init=False)  # float64, on the device: over this epoch's images
@@ -100,11 +116,11 @@ class Trainer:
 
             # forward
             last = accumulated == len(batches) - 1
+            self.seed_forward(step, micro)
             with nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
                 with self.autocast():
                     logits = self.wrapped(images)
-                loss = F.cross_entropy(logits.float(), targets,
-                                       label_smoothing=self.label_smoothing)
+                loss = self.loss(logits.float(), targets, label_smoothing=self.label_smoothing)
 
                 # backward
                 self.scaler.scale(loss / len(batches)).backward()

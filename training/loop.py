@@ -68,6 +68,7 @@ class Run:
     name_of: Callable[[int], str]  # the file of a training image
     resume_with: str  # the command that continues this run
     extra_row: Callable[[], dict] = dict  # more columns for the log
+    follow: Callable[[list[dict]], None] = lambda rows: None  # is shown the log as it grows
     save_seconds: float = 900.0
 
     def __post_init__(self):
@@ -75,6 +76,7 @@ class Run:
         self.checkpoints = Checkpoints(self.folder.path)
         self.saved_at = time.monotonic()
         self.broken: list[str] = []  # unreadable images that this rank met in this epoch
+        self.warned: set[str] = set()  # those that were named, once in this process
         self.diverged = False
 
     @property
@@ -92,6 +94,7 @@ class Run:
         """Train until `epochs` rows are finished. Raises Preempted, Diverged or RunError."""
         if self.world.main:
             self.folder.write_log(self.progress.rows)
+            self.follow(self.progress.rows)
             self.folder.status("running")
         self._restore_sums()
         self.steps = self.steps_from(self.progress.step)
@@ -167,6 +170,7 @@ class Run:
         self.save(best=best, where=where)
         if self.world.main:
             self.folder.write_log(progress.rows)
+            self.follow(progress.rows)
             print(f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}, top-5 "
                   f"{row['val_top5']:.1f}, val_loss {row['val_loss']:.3f}, train_loss "
                   f"{row['train_loss']:.3f}, lr {row['lr']:.4g}, {row['images_per_s']:.0f} "
@@ -180,8 +184,10 @@ class Run:
             name = self.name_of(index)
             self.broken.append(name)
             self.folder.event("unreadable_image", file=name, epoch=self.epoch)
-            print(f"warning: {name} cannot be read as an image: another of its class takes its "
-                  "place", flush=True)
+            if name not in self.warned:
+                self.warned.add(name)
+                print(f"warning: {name} cannot be read as an image: another of its class takes "
+                      "its place", flush=True)
         for index in batch.index[batch.broken == 2].tolist():
             raise RunError(f"{self.name_of(index)} cannot be read as an image, nor can any other "
                            "of its class: restore the files, then resume")

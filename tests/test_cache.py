@@ -1,0 +1,292 @@
+"""data/cache.py and kept listings: what the files themselves give, renewed when they change."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import cache, imagenet
+from data.cache import FOLDER, DecodedFiles, cache_folders, decoded
+from data.imagenet import load_imagenet
+from data.images import TrainSet, quick_look
+from data.packed import held
+from data.splits import SPLITS, fingerprint, stratified_splits
+from data.transforms import EvalTransform, TrainTransform
+
+
+def draw(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 20 + seed % 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    for i in range(12):
+        draw(tmp_path / "data" / "ab"[i % 2] / f"{i:02d}.{'jpg' if i % 3 else 'png'}", i)
+    return tmp_path / "data"
+
+
+def load(root, fold=1):
+    return stratified_splits(root, fold)
+
+
+def cached(root, fold=1, **options):
+    return decoded(load(root, fold), workers=0, **options)
+
+
+def images(splits):
+    return [getattr(splits, s).read(i) for s in SPLITS for i in range(len(getattr(splits, s)))]
+
+
+def same(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def kept(root):
+    return sorted(path.name for path in (root / FOLDER).iterdir())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pixels_samples_and_listing_are_those_of_the_files(root, workers, capsys):
+    plain, fast = load(root), decoded(load(root), workers=workers)
+    assert f"decoding 12 images once, 0.0 GB, into {root / FOLDER}" in capsys.readouterr().out
+    assert isinstance(fast.train, DecodedFiles) and (fast.train.rows >= 0).all()
+    assert same(images(fast), images(plain)) and fingerprint(fast) == fingerprint(plain)
+    for splits in (plain, fast):
+        assert splits.classes == ["a", "b"]
+    sets = [TrainSet(splits.train, TrainTransform(16), 5) for splits in (plain, fast)]
+    for key in [(0, 0), (3, 1)]:
+        a, b = (dataset[key] for dataset in sets)
+        assert torch.equal(a.image, b.image) and torch.equal(a.draws, b.draws)
+    assert torch.equal(*[EvalTransform(16)(s.val.read(0)) for s in (plain, fast)])
+
+
+def forbid_reading(monkeypatch):
+    def read(self, index):
+        raise AssertionError(f"{self.path(index)} was decoded again")
+    monkeypatch.setattr(cache.ImageFiles, "read", read)
+    monkeypatch.setattr(cache.ImageFiles, "look", read)
+
+
+def test_all_folds_share_one_cache_and_decode_nothing_again(root, monkeypatch, capsys):
+    expected = images(load(root, 2))
+    cached(root)
+    capsys.readouterr()
+    forbid_reading(monkeypatch)
+    fold2 = cached(root, 2)
+    assert same(images(fold2), expected) and len(kept(root)) == 1
+    quick_look(fold2.val)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("change", ["content", "time", "new", "gone"])
+def test_a_change_of_files_makes_a_new_cache_and_removes_the_old(root, change):
+    cached(root)
+    before, file = kept(root), root / "a" / "02.jpg"
+    if change == "content":
+        draw(file, 77)
+    elif change == "time":
+        os.utime(file, ns=(1, 1))
+    elif change == "new":
+        draw(root / "a" / "new.png", 5)
+    else:
+        file.unlink()
+    after = cached(root)
+    assert same(images(after), images(load(root)))
+    assert len(kept(root)) == 1 and kept(root) != before
+
+
+def test_a_folder_that_cannot_be_written_leads_to_the_users_cache(root, monkeypatch, capsys):
+    (root / FOLDER).write_text("in the way")
+    splits = cached(root)
+    place = cache_folders(root)[1]
+    assert str(place) in capsys.readouterr().out and place.is_relative_to(root.parent / "user")
+    assert isinstance(splits.val, DecodedFiles)
+    forbid_reading(monkeypatch)
+    cached(root)
+
+
+def test_where_nothing_can_be_written_the_files_are_read_and_one_line_says_so(root, capsys):
+    (root / FOLDER).write_text("in the way")
+    (root.parent / "user").write_text("in the way")
+    splits = cached(root)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith("no cache of decoded images")
+    assert not isinstance(splits.train, DecodedFiles) and len(images(splits)) == 12
+
+
+def test_no_room_on_disk_or_in_memory_is_one_line_and_leaves_nothing(root, monkeypatch, capsys):
+    def no_room(place, needed):
+        raise cache.DataError(f"{place} has no room")
+    monkeypatch.setattr(cache, "check_room", no_room)
+    assert not isinstance(cached(root).train, DecodedFiles)
+    assert capsys.readouterr().out.count("\n") == 1 and kept(root) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(cache.os, "sysconf", lambda name: 50)  # 2,500 bytes of memory
+    assert not isinstance(cached(root).train, DecodedFiles)
+    assert "would not stay in this machine's memory" in capsys.readouterr().out
+
+
+def test_a_full_disk_midway_is_one_line(root, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("data.packed.PackWriter.flush", full)
+    assert not isinstance(cached(root).train, DecodedFiles)
+    assert "No space left on device" in capsys.readouterr().out and kept(root) == []
+
+
+def test_broken_images_are_as_broken_as_without_the_cache(root):
+    (root / "a" / "02.jpg").write_bytes(b"no image")
+    splits = cached(root)
+    broken = [part.name(i) for part in (splits.train, splits.val, splits.test)
+              for i in range(len(part)) if part.rows[i] < 0]
+    assert broken == [str(root / "a" / "02.jpg")]
+    part, at = next((p, int(p.rows.argmin())) for p in (splits.train, splits.val, splits.test)
+                    if (p.rows < 0).any())
+    with pytest.raises(OSError, match="02.jpg cannot be read"):
+        part.read(at)
+    with pytest.raises(OSError):
+        part.look(at)
+
+
+def test_a_damaged_cache_costs_no_image(root, capsys):
+    cached(root)
+    data = next((root / FOLDER).glob("*/decoded.data"))
+    content = bytearray(data.read_bytes())
+    content[5] ^= 1
+    data.write_bytes(content)
+    assert same(images(cached(root)), images(load(root)))
+    capsys.readouterr()
+    data.write_bytes(content[:-1])  # does not open: made anew
+    assert same(images(cached(root)), images(load(root)))
+    assert "decoding" in capsys.readouterr().out
+
+
+def test_a_stopped_build_reads_files_and_the_next_goes_on(root, monkeypatch, capsys):
+    asked = iter([False] * 8 + [True] * 99)
+    splits = cached(root, stop=lambda: next(asked))
+    assert not isinstance(splits.train, DecodedFiles)
+    capsys.readouterr()
+    assert isinstance(cached(root).train, DecodedFiles)
+    made_then = int(capsys.readouterr().out.split()[1])
+    assert 0 < made_then < 12
+
+
+def test_processes_of_a_sweep_make_it_once(root):
+    script = ("import sys; from pathlib import Path; from data.cache import decoded\n"
+              "from data.splits import stratified_splits\n"
+              "s = decoded(stratified_splits(Path(sys.argv[1]), 1), workers=0)\n"
+              "print(type(s.train).__name__, (s.train.rows >= 0).all())")
+    with held(next(p / cache._key(everything(root)) for p in cache_folders(root))):
+        processes = [subprocess.Popen([sys.executable, "-c", script, str(root)], text=True,
+                                      stdout=subprocess.PIPE) for _ in range(2)]
+        assert "waiting for the process" in processes[0].stdout.readline()
+    out = [process.communicate()[0] for process in processes]
+    assert all("DecodedFiles True" in text for text in out)
+    assert sum("decoding 12 images" in text for text in out) == 1
+
+
+def everything(root):
+    splits = load(root)
+    files = np.unique(np.concatenate([getattr(splits, s).files for s in SPLITS]))
+    return cache.ImageFiles(root, files, np.zeros(len(files), np.int64))
+
+
+# ------------------------------------------------------------------ kept listings
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setattr(imagenet, "KEPT_FROM", 1)
+    for file in ("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/3.jpg", "val/a/4.jpg",
+                 "val/b/5.jpg", "train/b/empty/note.txt"):
+        (tmp_path / "tree" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / file).touch()
+    settle(tmp_path / "tree")
+    return tmp_path / "tree"
+
+
+def settle(tree):
+    """As if nothing had changed for a minute, one folder at another time than the next."""
+    for number, folder in enumerate([tree / "train", tree / "val", *tree.glob("*/**/")]):
+        if FOLDER not in folder.parts:
+            os.utime(folder, (time.time() - 60 - number,) * 2)
+
+
+def listing(tree):
+    train, val, classes = load_imagenet(tree)
+    return [name.decode() for name in train.files], train.labels.tolist(), len(val), classes
+
+
+def count_scans(monkeypatch):
+    scans, scandir = [], os.scandir
+    monkeypatch.setattr(imagenet.os, "scandir", lambda path: scans.append(path) or scandir(path))
+    return scans
+
+
+def test_a_second_start_lists_no_folder(tree, monkeypatch):
+    first = listing(tree)
+    scans = count_scans(monkeypatch)
+    assert listing(tree) == first and not scans
+    assert {p.name for p in (tree / FOLDER).iterdir()} == {
+        "train_listing.npz", "val_listing.npz"}
+
+
+CHANGES = {
+    "added": lambda t: (t / "train/b/9.jpg").touch(),
+    "removed": lambda t: (t / "train/a/1.jpg").unlink(),
+    "renamed": lambda t: (t / "train/b/3.jpg").rename(t / "train/b/0.jpg"),
+    "deep": lambda t: (t / "train/a/deep/9.jpg").touch(),
+    "in an empty folder": lambda t: (t / "train/b/empty/9.jpg").touch(),
+    "folder": lambda t: (t / "train/a/deep").rename(t / "train/b/deep"),
+    "class": lambda t: [(t / s / "b").rename(t / s / "c") for s in ("train", "val")],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_of_a_folder_is_seen(tree, change):
+    before = listing(tree)
+    CHANGES[change](tree)
+    after = listing(tree)
+    assert after != before
+    imagenet.KEPT_FROM = 10**9  # as it is without a kept listing
+    for file in (tree / FOLDER).iterdir():
+        file.unlink()
+    assert listing(tree) == after
+
+
+def test_a_tree_that_is_still_being_filled_is_not_kept(tree):
+    (tree / "train/b/9.jpg").touch()
+    listing(tree)
+    assert not (tree / FOLDER / "train_listing.npz").exists()
+
+
+def test_a_damaged_listing_is_made_anew(tree):
+    first = listing(tree)
+    for damage in (lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"PK" * 50):
+        kept_at = tree / FOLDER / "train_listing.npz"
+        kept_at.write_bytes(damage(kept_at.read_bytes()))
+        assert listing(tree) == first
+
+
+def test_a_read_only_tree_keeps_its_listing_under_the_users_cache(tree, monkeypatch):
+    (tree / FOLDER).write_text("in the way")
+    first = listing(tree)
+    assert len(list(Path(os.environ["XDG_CACHE_HOME"]).glob("twistnet/*/*_listing.npz"))) == 2
+    scans = count_scans(monkeypatch)
+    assert listing(tree) == first and not scans
+
+
+def test_small_trees_are_not_kept(tree, monkeypatch):
+    monkeypatch.setattr(imagenet, "KEPT_FROM", 20_000)
+    listing(tree)
+    assert not (tree / FOLDER).exists()

@@ -1,0 +1,193 @@
+"""tools/pack.py: trees become packs of small JPEGs, in any number of sittings, or say why not."""
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from data import DataError, packed
+from data.imagenet import load_imagenet
+from data.images import read_rgb
+from data.packed import ABOUT
+from data.synthetic import write_imagenet_tree
+from tools import pack as tool
+from training import BusyError, RunError
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two classes; in the first one image each that is larger, a PNG, grey and CMYK."""
+    write_imagenet_tree(tmp_path / "tree", train_per_class=4, val_per_class=2, size=40, seed=0,
+                        num_classes=2)
+    first = sorted((tmp_path / "tree" / "train").iterdir())[0]
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    photo.save(first / "large.jpg")
+    photo.resize((48, 36)).save(first / "small.png")
+    photo.convert("L").save(first / "grey.jpg")
+    photo.resize((60, 50)).convert("CMYK").save(first / "cmyk.jpg")
+    return tmp_path / "tree"
+
+
+def run(tree, *flags, workers=0):
+    out = tree.parent / "packed"
+    tool.main(["--data-dir", str(tree), "--out", str(out), "--short_side", "64",
+               "--workers", str(workers), *flags])
+    return out
+
+
+def index_of(source, name):
+    return next(i for i in range(len(source)) if source.name(i).endswith(name))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pack_is_read_where_its_tree_was(tree, workers, capsys):
+    out = run(tree, workers=workers)
+    assert "train 12 images in" in capsys.readouterr().out
+    (train, val, classes), theirs = load_imagenet(out), load_imagenet(tree)
+    assert classes == theirs[2]
+    for ours, files in ((train, theirs[0]), (val, theirs[1])):
+        assert ours.labels.tolist() == files.labels.tolist()
+        assert [row.tobytes().rstrip(b"\0") for row in ours.rows["name"]] == files.files.tolist()
+        for i in range(len(files)):
+            height, width = files.read(i).shape[1:]
+            expected = (height, width) if min(height, width) <= 64 else (64, 64 * width // height)
+            assert ours.read(i).shape == (3, *expected)
+
+
+def test_small_jpegs_are_copied_byte_for_byte(tree):
+    train = load_imagenet(run(tree))[0]
+    files = load_imagenet(tree)[0]
+    copied = [i for i in range(len(files)) if bytes(train._entry(i).numpy()) ==
+              files.path(i).read_bytes()]
+    assert len(copied) == 8  # all but large, grey (large too), png and cmyk
+    assert torch.equal(train.read(copied[0]), files.read(copied[0]))
+
+
+def test_larger_images_are_shrunk_bicubically_and_saved_at_the_quality(tree):
+    train = load_imagenet(run(tree, "--quality", "80"))[0]
+    image = read_rgb(next(tree.glob("train/*/large.jpg")))
+    small = v2.functional.resize(image, [64], v2.InterpolationMode.BICUBIC)
+    file = io.BytesIO()
+    Image.fromarray(small.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=80)
+    entry = bytes(train._entry(index_of(train, "large.jpg")).numpy())
+    assert entry == file.getvalue()
+    png = train.read(index_of(train, "small.png"))  # not a JPEG before: coded, not resized
+    assert png.shape == (3, 36, 48)
+
+
+def test_a_pack_that_was_killed_goes_on_and_ends_the_same(tree, monkeypatch):
+    whole = run(tree)
+    expected = {name: (whole / name).read_bytes() for name in (
+        "train.data", "train.npy", "val.data", "val.npy", ABOUT)}
+    shutil.rmtree(whole)
+    monkeypatch.setattr(packed, "FLUSH_BYTES", 1)
+    add, added = packed.PackWriter.add, []
+
+    def die(self, position, *args, **kwargs):
+        if len(added) == 5:
+            raise KeyboardInterrupt
+        added.append(position)
+        add(self, position, *args, **kwargs)
+    monkeypatch.setattr(packed.PackWriter, "add", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(tree)
+    assert not (whole / ABOUT).exists()
+    with pytest.raises(DataError, match="is not packed to the end"):
+        load_imagenet(whole)
+    added.clear()
+    monkeypatch.setattr(packed.PackWriter, "add", lambda self, position, *args, **kwargs: (
+        added.append(position), add(self, position, *args, **kwargs)))
+    run(tree)
+    assert len(added) == 16 - 5  # 12 training images and 4 validation ones
+    assert {name: (whole / name).read_bytes() for name in expected} == expected
+
+
+def test_unreadable_images_are_all_named_and_no_pack_is_made_until_they_are_mended(tree, capsys):
+    files = load_imagenet(tree)[0]
+    broken = [files.path(1), next(tree.glob("val/*/*"))]
+    contents = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(b"no image")
+    with pytest.raises(SystemExit) as left:
+        run(tree)
+    error = capsys.readouterr().err
+    assert left.value.code == 1 and "error: 2 images cannot be read" in error
+    assert all(str(path) in error for path in broken)
+    assert not (tree.parent / "packed" / ABOUT).exists()
+    for path, content in zip(broken, contents, strict=True):
+        path.write_bytes(content)
+    train, val, _ = load_imagenet(run(tree))
+    assert (len(train), len(val)) == (12, 4)
+    assert torch.equal(train.read(1), files.read(1))
+
+
+def test_unreadable_images_are_left_out_on_request(tree, capsys):
+    path = load_imagenet(tree)[0].path(2)
+    path.write_bytes(b"")
+    train, val, _ = load_imagenet(run(tree, "--skip_unreadable"))
+    assert (len(train), len(val)) == (11, 4)
+    assert "1 unreadable images left out" in capsys.readouterr().out
+    assert not any(train.name(i).endswith(path.name) and
+                   path.parent.name in train.name(i) for i in range(11))
+
+
+def test_a_finished_pack_is_left_as_it_is(tree, capsys):
+    out = run(tree)
+    before = (out / ABOUT).stat().st_mtime_ns
+    run(tree)
+    assert "is packed already" in capsys.readouterr().out
+    assert (out / ABOUT).stat().st_mtime_ns == before
+    with pytest.raises(RunError, match="holds a pack of other settings"):
+        run(tree, "--quality", "70")
+
+
+def test_another_tree_does_not_go_on_with_a_pack(tree):
+    path = next(tree.glob("val/*/*"))
+    content = path.read_bytes()
+    path.write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        run(tree)
+    path.write_bytes(content)
+    path.rename(path.with_name("other.jpg"))
+    with pytest.raises(DataError, match=r"begun otherwise \(listing\)"):
+        run(tree)
+
+
+def test_too_little_room_is_one_line_before_anything_is_packed(tree, monkeypatch):
+    monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
+    with pytest.raises(DataError, match="needs about 0.0 GB more and has 0.0 GB free"):
+        run(tree)
+    assert (tree.parent / "packed" / "train.data").stat().st_size == 0
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tree, monkeypatch):
+    def full(self):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(packed.PackWriter, "flush", full)
+    with pytest.raises(RunError, match="No space left on device.*the same command goes on"):
+        run(tree)
+    monkeypatch.undo()
+    assert len(load_imagenet(run(tree))[0]) == 12
+
+
+def test_flags_that_make_no_sense_are_one_line(tree):
+    packed_tree = run(tree)
+    with pytest.raises(RunError, match="is packed: give the tree"):
+        tool.main(["--data_dir", str(packed_tree), "--out", str(tree.parent / "again")])
+    with pytest.raises(RunError, match="--out must be another folder"):
+        tool.main(["--data_dir", str(tree), "--out", str(tree)])
+    with pytest.raises(RunError, match="--quality above 95"):
+        run(tree, "--quality", "100")
+
+
+def test_two_at_a_time_are_refused(tree, monkeypatch):
+    def busy(*args):
+        raise BlockingIOError
+    monkeypatch.setattr(tool, "pack", busy)
+    with pytest.raises(BusyError, match="by another process"):
+        run(tree)
