@@ -42,16 +42,17 @@ def main() -> None:
     print(f"drawing {CLASSES} kinds of textures at {SIZE} px in {out / 'data'}", flush=True)
     write_imagenet_tree(out / "data" / "imagenet", train_per_class=120, val_per_class=25,
                         size=SIZE, seed=1, num_classes=CLASSES)
-    write_dtd(out / "data" / "dtd", images_per_class=36, folds=2, size=SIZE, seed=2,
+    write_dtd(out / "data" / "dtd", images_per_class=48, folds=2, size=SIZE, seed=2,
               num_classes=CLASSES)
     for model in MODELS:
         call(["pretrain_imagenet.py", "--data_dir", "data/imagenet", "--model", model,
               "--img_size", str(SIZE), "--epochs", "10", "--warmup_epochs", "1",
-              "--batch_size", "16", "--lr", "0.3", "--checkpoint_dir", f"checkpoints/{model}",
+              "--batch_size", "16", "--lr", "0.1", "--checkpoint_dir", f"checkpoints/{model}",
               "--resume", "auto"], out)
     call(["run_all.py", "--data_dir", "data/dtd", "--dataset", "dtd",
           "--models", ",".join(MODELS), "--folds", "1-2", "--seeds", "42",
-          "--img_size", str(SIZE), "--epochs", "8", "--run_dir", "runs"], out)
+          "--img_size", str(SIZE), "--epochs", "12", "--batch_size", "16", "--slots", "2",
+          "--run_dir", "runs"], out)
     print(f"\nby chance it would be {100 / CLASSES:.1f} %. What lies where, in {out}:\n"
           "  weights/               the pretrained weights, which run_all.py found by itself\n"
           "  checkpoints/<model>/   pretraining: latest.pt, best.pt, log.jsonl\n"

@@ -60,7 +60,7 @@ def add_amp_flags(group) -> argparse._ArgumentGroup:
     """--amp and --no_amp, None where neither is given; see engine.choose_precision."""
     group.add_argument("--amp", action="store_true", default=None,
                        help="mixed precision: bf16 where the device has it, else fp16 (the default "
-                            "with CUDA, and on CPUs with bf16 instructions)")
+                            "with CUDA)")
     group.add_argument("--no_amp", dest="amp", action="store_false", default=None,
                        help="float32 throughout")
     return group

@@ -34,12 +34,10 @@ LOSSES = {"cross-entropy": F.cross_entropy, "binary cross-entropy": binary_cross
 def choose_precision(device: torch.device, amp: bool | None) -> str:
     """The name in PRECISIONS for what --amp (True), --no_amp (False) or neither asks of `device`.
 
-    By default mixed precision is on where it helps: with CUDA, and on a CPU with instructions for
-    bf16. bf16 where the device has it, else fp16.
+    By default mixed precision is on with CUDA. bf16 where the device has it, else fp16.
     """
     if amp is None:
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        amp = device.type == "cuda" or bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        amp = device.type == "cuda"
     if not amp:
         return "fp32"
     return "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "fp16"
