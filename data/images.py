@@ -47,7 +47,8 @@ class ImageFiles:
         return self.root / self.files[index].decode("utf-8", "surrogateescape")
 
     def name(self, index: int) -> str:
-        return str(self.path(index))
+        """The path, printable whatever bytes it has."""
+        return str(self.path(index)).encode(errors="replace").decode()
 
     def read(self, index: int) -> torch.Tensor:
         """uint8 RGB, 3 × H × W. Raises OSError when the file cannot be decoded."""
