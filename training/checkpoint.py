@@ -15,7 +15,7 @@ LATEST, BEST, PREVIOUS = "latest.pt", "best.pt", "latest.prev.pt"
 ALLOWED_FAILURES = 3
 
 
-def write_atomic(path: Path, content: bytes | memoryview) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Put `content` at `path` so that a reader, or a power cut, finds the old file or the new."""
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -49,10 +49,10 @@ def _link(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def serialise(state: dict) -> memoryview:
+def serialise(state: dict) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 def first_nonfinite(state: object, name: str = "") -> str | None:
