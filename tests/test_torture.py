@@ -12,4 +12,4 @@ def test_nothing_is_lost_over_a_few_kills():
     table = dict(line.rsplit(maxsplit=1) for line in done.stdout.split("\r")[-1].splitlines())
     assert int(table["steps lost"]) == 0
     assert table["weights, bit for bit"] == table["log, but for timings"] == "equal"
-    assert 5 <= int(table["kills"]) and int(table["resumes"]) >= 1
+    assert int(table["kills"]) >= 5 and int(table["resumes"]) >= 1
