@@ -51,7 +51,7 @@ def main() -> None:
               "--resume", "auto"], out)
     call(["run_all.py", "--data_dir", "data/dtd", "--dataset", "dtd",
           "--models", ",".join(MODELS), "--folds", "1-2", "--seeds", "42",
-          "--img_size", str(SIZE), "--epochs", "12", "--batch_size", "16", "--slots", "2",
+          "--img_size", str(SIZE), "--epochs", "6", "--batch_size", "16", "--slots", "2",
           "--run_dir", "runs"], out)
     print(f"\nby chance it would be {100 / CLASSES:.1f} %. What lies where, in {out}:\n"
           "  weights/               the pretrained weights, which run_all.py found by itself\n"
