@@ -165,7 +165,7 @@ def main() -> None:
         write_imagenet_tree(data, train_per_class=48, val_per_class=4, size=40, seed=0)
         for folder in (whole, hurt):
             folder.mkdir()
-        epochs = 1 + args.kills // 2  # of 48 steps: too long to end before the last kill
+        epochs = 1 + args.kills // 4  # of 48 steps: long enough for all the kills
         if not attempt(whole, data, epochs, rng, Tally(0)):
             raise NotEqual((whole / "output.log").read_text()[-2000:])
         while not attempt(hurt, data, epochs, rng, tally):
