@@ -170,6 +170,7 @@ def diagonals(reduced: int):
 
 
 @cache
+@torch.inference_mode(False)  # an evaluation may come first, and training could not use its tensors
 def layout(reduced: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Positions of the pairs i <= j in an 8x8 matrix; the channel of each row of f; its inverse."""
     i, j = torch.triu_indices(reduced, reduced)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import build_model
+from models.fused import layout
 from models.stci import STCI, Twist
 
 VARIANTS = {
@@ -213,3 +214,13 @@ def test_a_synchronised_batchnorm_finds_its_modules():
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(made())
     assert isinstance(converted.reduce_bn, nn.SyncBatchNorm)
     assert isinstance(converted.proj_bn, nn.SyncBatchNorm)
+
+
+def test_an_evaluation_may_come_before_the_training():
+    layout.cache_clear()
+    module = STCI(24)
+    h = torch.randn(2, 24, 5, 5)
+    with torch.inference_mode():
+        module.eval()(h)
+    module.train()(h).sum().backward()
+    assert module.reduce.weight.grad.abs().sum() > 0
