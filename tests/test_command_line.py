@@ -121,6 +121,8 @@ def outcome(error, capsys, *usage_errors):
     (OwnError("bad data"), 2, "error: bad data\n"),
     (Diverged("the loss is not finite"), 1, "error: the loss is not finite\n"),
     (Preempted("preempted, go on"), 75, "preempted, go on\n"),
+    (OSError(28, "No space left on device", "results.json"), 1,
+     "error: [Errno 28] No space left on device: 'results.json'\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
 ])
 def test_exit_codes_and_their_one_line(capsys, error, code, line):

@@ -388,6 +388,36 @@ def test_a_disk_that_is_full_for_a_while_costs_warnings_alone(
     assert load_checkpoint(tmp_path / LATEST)[0]["step"] == EPOCHS * STEPS
 
 
+def test_the_best_epoch_is_kept_though_the_disk_was_full_when_it_ended(tmp_path, monkeypatch):
+    failing = []
+    full_disk(monkeypatch, failing)
+    run = make(tmp_path, steps_from=filling(failing, [7]), validate=scores(3, 9, 5))
+    run.fit()
+    assert run.progress.best["epoch"] == 2
+    assert load_checkpoint(tmp_path / BEST)[0]["rows"] == run.progress.rows[:2]
+
+
+def test_a_run_does_not_end_with_its_last_epoch_unsaved(tmp_path, monkeypatch):
+    failing = []
+    full_disk(monkeypatch, failing)
+    run = make(tmp_path, steps_from=filling(failing, [11]), validate=scores(3, 5, 9))
+    with pytest.raises(RunError, match="could not be written .* free space there"):
+        run.fit()
+    failing.clear()
+    again = resumed(tmp_path, validate=scores(9))
+    again.fit()
+    assert load_checkpoint(tmp_path / BEST)[0]["rows"] == again.progress.rows
+
+
+def test_unreadable_images_are_counted_over_a_resume(tmp_path):
+    ten = {"broken": lambda step: [1.0] * 5 + [0.0] * 3 if step < 2 else None}
+    with pytest.raises(Preempted):
+        make(tmp_path, stop=Stop(2), **ten).fit()
+    one_more = {"broken": lambda step: [1.0] + [0.0] * 7 if step == 2 else None}
+    with pytest.raises(RunError, match="11 training images cannot be read"):
+        resumed(tmp_path, **one_more).fit()
+
+
 def test_a_disk_that_stays_full_stops_the_run_after_three_saves(tmp_path, monkeypatch):
     failing = []
     full_disk(monkeypatch, failing)

@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, temporary)
     except OSError:
-        shutil.copyfile(source, temporary)
+        return write_atomic(target, source.read_bytes())
     os.replace(temporary, target)
 
 
@@ -76,19 +75,27 @@ class Checkpoints:
         self.folder = folder
         self.failures = 0
         self.trusted = False  # whether latest.pt is known to be whole
+        self.owed: bytes | None = None  # the best epoch's checkpoint, until best.pt holds it
 
     def save(self, state: dict, *, best: bool) -> str | None:
         """Make `state` latest.pt, and best.pt too if it is; a warning where that failed, else None.
 
-        A failed save leaves the files as they were. The third in a row is a RunError.
+        A failed save leaves the files as they were, and a best.pt that it owed is written by the
+        next one. The third in a row is a RunError.
         """
         latest = self.folder / LATEST
         fresh = self.folder / f".{LATEST}.new"
+        content = serialise(state)
+        if best:
+            self.owed = content
         try:
-            write_atomic(fresh, serialise(state))
+            write_atomic(fresh, content)
+            # First, so that latest.pt never speaks of a best epoch that best.pt does not hold.
             if best:
-                # First, so that latest.pt never speaks of a best epoch that best.pt does not hold.
                 _link(fresh, self.folder / BEST)
+            elif self.owed is not None:
+                write_atomic(self.folder / BEST, self.owed)
+            self.owed = None
             if latest.exists() and (self.trusted or _is_whole(latest)):
                 _link(latest, self.folder / PREVIOUS)
             os.replace(fresh, latest)

@@ -59,8 +59,8 @@ def _underscored(word: str) -> str:
 def add_amp_flags(group) -> argparse._ArgumentGroup:
     """--amp and --no_amp, None where neither is given; see engine.choose_precision."""
     group.add_argument("--amp", action="store_true", default=None,
-                       help="mixed precision: bf16 where the device has it, else fp16 (the default "
-                            "with CUDA)")
+                       help="mixed precision, the default with CUDA and on CPUs with bf16 "
+                            "instructions: bf16, or fp16 on GPUs without bf16")
     group.add_argument("--no_amp", dest="amp", action="store_false", default=None,
                        help="float32 throughout")
     return group
@@ -114,6 +114,8 @@ def run(main: Callable[[], None], *usage_errors: type[Exception]) -> None:
     except BrokenPipeError:  # whoever read the output has left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
+    except OSError as error:  # a full disk, a folder without permission, outside of the training
+        code = _say(f"error: {error}", EXIT_FAILED)
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
     finally:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from training import RunError
-from training.checkpoint import LATEST, Checkpoints, first_nonfinite
+from training.checkpoint import ALLOWED_FAILURES, LATEST, Checkpoints, first_nonfinite
 from training.engine import Score, Trainer
 from training.preemption import StopRequest
 from training.record import Folder
@@ -33,6 +33,7 @@ class Progress:
     rows: list[dict] = field(default_factory=list)  # finished epochs, as log.jsonl has them
     sums: list[list[float]] = field(default_factory=list)  # by rank: this epoch's loss, images
     clock: list[float] = field(default_factory=lambda: [0.0, 0.0])  # its seconds; those waiting
+    broken: list[str] = field(default_factory=list)  # its unreadable images, of all ranks
 
     @property
     def best(self) -> dict | None:
@@ -46,7 +47,8 @@ def restore(trainer: Trainer, state: dict) -> Progress:
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state["scaler"])
-        return Progress(state["step"], state["rows"], state["sums"], state["clock"])
+        return Progress(state["step"], state["rows"], state["sums"], state["clock"],
+                        state.get("broken", []))  # which the first checkpoints do not hold
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"the checkpoint does not fit this run: {error}") from error
 
@@ -108,9 +110,14 @@ class Run:
                                "never replaced: restore them, then resume: "
                                + ", ".join(score.unreadable))
             self._finish_epoch(score, time.monotonic() - validating)
+        if self.world.max([self.checkpoints.failures])[0]:
+            # The best epoch is about to be read back, or the last to be exported: now or never.
+            self.checkpoints.failures = ALLOWED_FAILURES - 1
+            self.save()
 
     def _restore_sums(self) -> None:
         """Each rank goes on with its own sums; another number of ranks with rank 0 holding all."""
+        self.broken = list(self.progress.broken) if self.world.main else []
         if len(self.progress.sums) == self.world.size:
             mine = self.progress.sums[self.world.rank]
         else:
@@ -214,12 +221,14 @@ class Run:
     def save(self, *, best: bool = False, where: str = "") -> None:
         """Write a checkpoint of this moment; on all ranks together."""
         sums = self.world.gather(self.trainer.sums)
+        broken = sorted(name for names in self.world.gather(self.broken) for name in names)
         error, bad = None, None
         if self.world.main:
             state = {**self.frozen, "model": self.trainer.model.state_dict(),
                      "optimizer": self.trainer.optimizer.state_dict(),
                      "scaler": self.trainer.scaler.state_dict(), "step": self.progress.step,
-                     "rows": self.progress.rows, "sums": sums, "clock": self.progress.clock}
+                     "rows": self.progress.rows, "sums": sums, "clock": self.progress.clock,
+                     "broken": broken}
             bad = first_nonfinite({name: state[name] for name in ("model", "optimizer")})
             try:
                 warning = None if bad else self.checkpoints.save(state, best=best)
