@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,9 @@ def _build(source: ImageFiles, place: Path, *, workers: int, stop) -> PackedImag
     for _ in _until_held(place, stop):
         packed = _opened(place)
         if packed is None:
-            (place / ABOUT).unlink(missing_ok=True)  # it did not open
+            if (place / ABOUT).exists():  # it did not open
+                for file in (ABOUT, f"{SPLIT}.data", f"{SPLIT}.npy"):
+                    (place / file).unlink(missing_ok=True)  # not truncated: a run may read it
             _remove_others(place)
             try:
                 _decode(source, place, workers=workers, stop=stop)
@@ -146,13 +149,7 @@ def _decode(source: ImageFiles, place: Path, *, workers: int, stop) -> None:
         print(f"decoding {len(writer.missing):,} images once, {size / 1e9:.1f} GB, into {place}",
               flush=True)
 
-        def pixels(position: int) -> torch.Tensor | None:
-            try:
-                return source.read(position).permute(1, 2, 0).contiguous()
-            except OSError:
-                return None  # left to whoever reads the file
-
-        images = made(pixels, writer.missing, workers=workers)
+        images = made(partial(_pixels, source), writer.missing, workers=workers)
         for position, image in tqdm(images, total=len(writer.missing), unit="image",
                                     desc="decoding", leave=False, disable=None):
             if stop():
@@ -163,6 +160,13 @@ def _decode(source: ImageFiles, place: Path, *, workers: int, stop) -> None:
         packing.finish([])
     finally:
         packing.close()
+
+
+def _pixels(source: ImageFiles, position: int) -> torch.Tensor | None:
+    try:
+        return source.read(position).permute(1, 2, 0).contiguous()
+    except OSError:
+        return None  # left to whoever reads the file
 
 
 def _mean_size(source: ImageFiles) -> float:

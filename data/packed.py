@@ -67,6 +67,11 @@ class PackedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def files(self) -> np.ndarray:
+        """The names that the images had in the listing that was packed."""
+        return self.rows["name"]
+
     def name(self, index: int) -> str:
         file = self.rows[index]["name"].decode("utf-8", "surrogateescape")
         return f"{self.root / self.split}.data: {file}"

@@ -1,6 +1,7 @@
 """data/cache.py and kept listings: what the files themselves give, renewed when they change."""
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from data.images import TrainSet, quick_look
 from data.packed import held
 from data.splits import SPLITS, fingerprint, stratified_splits
 from data.transforms import EvalTransform, TrainTransform
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def draw(path, seed):
@@ -186,8 +189,8 @@ def test_processes_of_a_sweep_make_it_once(root):
               "s = decoded(stratified_splits(Path(sys.argv[1]), 1), workers=0)\n"
               "print(type(s.train).__name__, (s.train.rows >= 0).all())")
     with held(next(p / cache._key(everything(root)) for p in cache_folders(root))):
-        processes = [subprocess.Popen([sys.executable, "-c", script, str(root)], text=True,
-                                      stdout=subprocess.PIPE) for _ in range(2)]
+        processes = [subprocess.Popen([sys.executable, "-c", script, str(root)], cwd=ROOT,
+                                      text=True, stdout=subprocess.PIPE) for _ in range(2)]
         assert "waiting for the process" in processes[0].stdout.readline()
     out = [process.communicate()[0] for process in processes]
     assert all("DecodedFiles True" in text for text in out)
@@ -290,3 +293,13 @@ def test_small_trees_are_not_kept(tree, monkeypatch):
     monkeypatch.setattr(imagenet, "KEPT_FROM", 20_000)
     listing(tree)
     assert not (tree / FOLDER).exists()
+
+
+def test_workers_need_not_be_forked(root, monkeypatch):
+    sent = []
+
+    def made(make, positions, *, workers):
+        sent.append(pickle.dumps(make))
+        return zip(positions.tolist(), map(pickle.loads(sent[0]), positions.tolist()), strict=True)
+    monkeypatch.setattr(cache, "made", made)
+    assert same(images(cached(root)), images(load(root))) and sent

@@ -146,6 +146,19 @@ def test_a_finished_pack_is_left_as_it_is(tree, capsys):
         run(tree, "--quality", "70")
 
 
+def test_a_damaged_pack_is_made_anew_and_one_of_other_images_is_refused(tree, capsys):
+    out = run(tree)
+    whole = (out / "train.data").read_bytes()
+    (out / "train.data").write_bytes(whole[:-100] + bytes(100))
+    run(tree)
+    assert "packing again: " in (text := capsys.readouterr().out) and "is damaged" in text
+    assert (out / "train.data").read_bytes() == whole
+    path = next(tree.glob("val/*/*"))
+    path.rename(path.with_name("other.jpg"))
+    with pytest.raises(RunError, match="holds a pack of other images"):
+        run(tree)
+
+
 def test_another_tree_does_not_go_on_with_a_pack(tree):
     path = next(tree.glob("val/*/*"))
     content = path.read_bytes()

@@ -3,6 +3,9 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from data.images import TrainSet, collate, decode_rgb, read_rgb
 from data.packed import ABOUT, BEGUN, PackedImages, Packing, held, made, read_about, row_type
 from data.transforms import TrainTransform
 
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = np.array([b"a/1.jpg", b"a/\xff.jpg", b"b/3.jpg", b"b/4.jpg"])
 LABELS = np.array([0, 0, 1, 1])
 
@@ -201,14 +205,12 @@ def test_what_is_made_comes_in_order_from_any_number_of_workers():
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
-    import subprocess
-    import sys
     other = ("import sys; from pathlib import Path; from data.packed import held\n"
              "try:\n  with held(Path(sys.argv[1])): print('free')\n"
              "except BlockingIOError: print('held')")
 
     def ask():
-        return subprocess.run([sys.executable, "-c", other, str(tmp_path)], text=True,
+        return subprocess.run([sys.executable, "-c", other, str(tmp_path)], cwd=ROOT, text=True,
                               capture_output=True, check=True).stdout.strip()
     with held(tmp_path):
         assert ask() == "held"

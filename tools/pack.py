@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data import DataError
 from data.imagenet import load_imagenet
 from data.images import ImageFiles, decode_rgb
-from data.packed import ABOUT, Packing, check_room, held, made, read_about
+from data.packed import ABOUT, PackedImages, Packing, check_room, held, made, read_about
 from training import BusyError, RunError
 from training.command_line import Parser, at_least, run
 from training.distributed import usable_cpus
@@ -109,24 +109,49 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.quality > 95:
         raise RunError("--quality above 95 makes files larger and images hardly better")
-    if (args.out / ABOUT).is_file():
-        about = read_about(args.out)
-        if (about.get("short_side"), about.get("quality")) != (args.short_side, args.quality):
-            raise RunError(f"--out {args.out} holds a pack of other settings: give another folder")
-        return print(f"{args.out} is packed already: " + describe(about["splits"]))
     train, val, classes = load_imagenet(args.data_dir)
     if not isinstance(train, ImageFiles):
         raise RunError(f"--data_dir {args.data_dir} is packed: give the tree it was made of")
     if args.out.resolve() == args.data_dir.resolve():
         raise RunError("--out must be another folder than --data_dir")
+    sources = {"train": train, "val": val}
     try:
         with held(args.out):
-            pack(args, {"train": train, "val": val}, classes)
+            if not is_packed(args, sources, classes):
+                pack(args, sources, classes)
     except BlockingIOError as error:
         raise BusyError(f"--out {args.out} is being packed by another process") from error
     except OSError as error:
         raise RunError(f"--out {args.out} cannot be written ({error.strerror or error}): with "
                        "that mended, the same command goes on") from error
+
+
+def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
+    """Whether --out holds this pack, whole to the last byte; a damaged one is removed.
+
+    RunError where it holds another one.
+    """
+    if not (args.out / ABOUT).is_file():
+        return False
+    about = read_about(args.out)
+    if (about.get("short_side"), about.get("quality")) != (args.short_side, args.quality):
+        raise RunError(f"--out {args.out} holds a pack of other settings: give another folder")
+    if about.get("listing") != listing_key(sources, classes):
+        raise RunError(f"--out {args.out} holds a pack of other images than --data_dir "
+                       f"{args.data_dir} has: give another folder")
+    try:
+        for split in sources:
+            packed = PackedImages(args.out, split, about["splits"][split])
+            for index in tqdm(range(len(packed)), desc=f"checking {split}", unit="image",
+                              leave=False, disable=None):
+                packed.look(index)
+    except (OSError, DataError) as error:
+        print(f"packing again: {error}", flush=True)
+        for name in (ABOUT, *(f"{split}.{end}" for split in sources for end in ("data", "npy"))):
+            (args.out / name).unlink(missing_ok=True)  # not truncated: a run may read it
+        return False
+    print(f"{args.out} is packed already, and whole: " + describe(about["splits"]))
+    return True
 
 
 def pack(args, sources: dict[str, ImageFiles], classes: list[str]) -> None:
