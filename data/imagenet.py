@@ -10,12 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data import DataError
 from data.cache import cache_folders
 from data.images import ImageFiles
 from data.packed import ABOUT, BEGUN, PackedImages, read_about
+from data.splits import class_folders, list_images
 
 Source = ImageFiles | PackedImages
 KEPT_FROM = 20_000  # images; a smaller tree is listed as fast as its listing is read
@@ -67,7 +67,7 @@ def _listing(root: Path, split: str) -> tuple[ImageFiles, list[str]]:
             return kept
     started, folders = time.time(), {}
     source, classes = list_tree(root / split, folders)
-    # A folder that is in the making may change again without a new time of change.
+    # A folder that is in the making may change again, or while it is listed, at the same time.
     if len(source) >= KEPT_FROM and max(folders.values()) < (started - SETTLED) * 1e9:
         for place in places:
             if _write_listing(place, source, classes, folders):
@@ -116,9 +116,9 @@ def list_tree(root: Path, folders: dict[str, int] | None = None) -> tuple[ImageF
     """
     folders = {} if folders is None else folders
     try:
-        folders[""] = _mtime(root)
-        classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and _shown(e.name))
-        files = [sorted(_images(root, name, folders)) for name in classes]
+        folders["."] = _mtime(root)
+        classes = class_folders(root)
+        files = [list_images(root, name, folders) for name in classes]
     except OSError as error:
         raise DataError(f"{error.filename or root} cannot be listed ({error.strerror})") from error
     if not classes:
@@ -130,20 +130,3 @@ def list_tree(root: Path, folders: dict[str, int] | None = None) -> tuple[ImageF
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
     listing = np.array([os.fsencode(name) for found in files for name in found])
     return ImageFiles(root, listing, labels), classes
-
-
-def _images(root: Path, folder: str, folders: dict[str, int]) -> list[str]:
-    found, folders[folder] = [], _mtime(root / folder)  # before it is listed
-    for entry in os.scandir(root / folder):
-        name = f"{folder}/{entry.name}"
-        if not _shown(entry.name):
-            continue
-        if entry.is_dir():
-            found += _images(root, name, folders)
-        elif entry.name.lower().endswith(IMG_EXTENSIONS):
-            found.append(name)
-    return found
-
-
-def _shown(name: str) -> bool:
-    return not name.startswith(".")

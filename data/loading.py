@@ -32,9 +32,13 @@ def eval_batches(
     No image is seen twice and none left out. The cut does not depend on the number of ranks, so
     that each image is scored in the same batch, with the same rounding, on any number of them.
     """
-    n = len(dataset)
+    n, share = len(dataset), []
     cut = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
-    loader = DataLoader(dataset, batch_sampler=cut[rank::world], num_workers=workers,
-                        collate_fn=collate, pin_memory=pin_memory,
-                        persistent_workers=workers > 0, worker_init_fn=worker_init)
+    loader = DataLoader(dataset, batch_sampler=share, num_workers=workers, collate_fn=collate,
+                        pin_memory=pin_memory, persistent_workers=workers > 0,
+                        worker_init_fn=worker_init)
+    # The workers are forked now, with nothing to load yet: later, each page of the activations
+    # that this process has by then would be copied once more, when it is next written to.
+    iter(loader)
+    share += cut[rank::world]
     return loader, -(-len(cut) // world)

@@ -42,9 +42,12 @@ def make_splits(root: Path, classes: list[str], listed: dict[str, list[tuple[str
 
 def fingerprint(splits: Splits) -> str:
     """sha256 of class names, files and labels: equal where the same data lies somewhere else."""
-    digest = hashlib.sha256(b"\0".join(os.fsencode(name) for name in splits.classes))
-    for split in SPLITS:
-        part = getattr(splits, split)
+    return digest_of(splits.classes, {split: getattr(splits, split) for split in SPLITS})
+
+
+def digest_of(classes: list[str], parts: dict[str, ImageFiles]) -> str:
+    digest = hashlib.sha256(b"\0".join(os.fsencode(name) for name in classes))
+    for split, part in parts.items():
         digest.update(f"\0\0{split} {len(part)}\0".encode())
         digest.update(b"\0".join(part.files.tolist()))
         digest.update(part.labels.astype("<i8").tobytes())
@@ -76,13 +79,19 @@ def class_folders(root: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def list_images(root: Path, folder: str) -> list[str]:
-    """Images anywhere below root/folder, as sorted paths below root; hidden names left out."""
+def list_images(root: Path, folder: str, times: dict[str, int] | None = None) -> list[str]:
+    """Images anywhere below root/folder, as sorted paths below root; hidden names left out.
+
+    `times` is filled with every folder that was listed and when it changed, in ns.
+    """
     found, visited = [], {os.path.realpath(root / folder)}
     for place, folders, names in os.walk(root / folder, onerror=_raise, followlinks=True):
-        here = Path(place).relative_to(root)
+        here = os.path.relpath(place, root)
+        if times is not None:
+            times[here] = os.stat(place).st_mtime_ns
+        prefix = "" if here == "." else f"{here}/"
         found += [
-            (here / name).as_posix()
+            prefix + name
             for name in names
             if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
         ]

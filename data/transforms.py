@@ -60,6 +60,11 @@ class EvalTransform:
         return F.center_crop_image(image, [self.size, self.size])
 
 
+def trained_transform(config: dict, size: int | None = None) -> EvalTransform:
+    """The validation that a network was trained with, by its config; `size` is another crop."""
+    return EvalTransform(size or config.get("img_size", 224), config.get("test_resize", 256))
+
+
 class RandAugment(v2.RandAugment):
     """torchvision's RandAugment, drawn per image and applied per group of a batch.
 

@@ -80,8 +80,8 @@ def load_pretrained(model: nn.Module, name: str, pretrained: str, *, keep_head: 
 def load_trained(path: str | Path) -> tuple[nn.Module, dict]:
     """A trained network with its classifier, in eval mode, from a checkpoint or weights file.
 
-    The dict: model, num_classes, classes (names, or None), config (a training checkpoint's, or
-    None), record (the JSON beside the weights, or None), path, sha256.
+    The dict: model, num_classes, classes (names, or None), record (the JSON beside the weights, or
+    None), config (what it was trained with, by the checkpoint or else by the JSON), path, sha256.
     """
     file = read_weights(Path(path))
     name = recognise(file.tensors, tuple(MODELS))
@@ -96,12 +96,14 @@ def load_trained(path: str | Path) -> tuple[nn.Module, dict]:
     fill(model, file.tensors, keep_head=True)
     record = read_record(file)
     record = record if isinstance(record, dict) else None
+    recipe = (record or {}).get("recipe")
+    recorded = {**(record or {}), **(recipe if isinstance(recipe, dict) else {})}
     names = file.classes or (record or {}).get("class_names")
     return model.eval(), {
         "model": name,
         "num_classes": classes,
         "classes": names if isinstance(names, list) and len(names) == classes else None,
-        "config": file.config,
+        "config": file.config or recorded,
         "record": record,
         "path": str(file.path),
         "sha256": file.sha256,

@@ -20,7 +20,7 @@ from data.images import EvalSet, quick_look
 from data.loading import eval_batches
 from data.splits import fingerprint
 from data.textures import DATASETS, load_splits
-from data.transforms import EvalTransform, normalise
+from data.transforms import normalise, trained_transform
 from models import ModelError
 from models.weights import load_trained
 from training.command_line import Parser, UsageError, add_amp_flags, at_least, run
@@ -75,12 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     model, about = load_trained(args.weights)
     check_sha256(args.weights, about["sha256"])
-    record = about["record"] or {}
-    trained = about["config"] or {**record, **record.get("recipe", {})}
+    trained = about["config"]
     settle(args, trained)
     source, classes, seen = load_data(args, trained)
     check_classes(about, classes, args.data_dir)
-    transform = EvalTransform(args.img_size, trained.get("test_resize", 256))
+    transform = trained_transform(trained, args.img_size)
     transform.resize = args.resize or transform.resize
     if transform.resize < args.img_size:
         raise UsageError(f"--resize {args.resize} is smaller than the crop of {args.img_size}")

@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.suffix == ".onnx":
         need_onnx()
     model, about = load_trained(args.checkpoint)
-    size = (about["config"] or about["record"] or {}).get("img_size", 224)
+    size = about["config"].get("img_size", 224)
     facts = {"model": about["model"], "num_classes": about["num_classes"], "img_size": size,
              "classes": about["classes"], "input": INPUT, "sha256_of_weights": about["sha256"]}
     try:

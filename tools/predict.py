@@ -19,7 +19,7 @@ from data import DataError
 from data.images import EvalSet, ImageFiles
 from data.loading import eval_batches
 from data.splits import list_images
-from data.transforms import EvalTransform, normalise
+from data.transforms import EvalTransform, normalise, trained_transform
 from models import ModelError
 from models.weights import load_trained
 from training.checkpoint import write_atomic
@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.csv and not args.csv.resolve().parent.is_dir():
         raise UsageError(f"--csv {args.csv}: there is no folder {args.csv.parent}")
     model, about = load_trained(args.checkpoint)
-    size = args.img_size or (about["config"] or about["record"] or {}).get("img_size", 224)
+    transform = trained_transform(about["config"], args.img_size)
     names = about["classes"] or [f"class {i}" for i in range(about["num_classes"])]
     rows, unread = [], 0
-    for file, ranked in predict(model, files, size, args.batch_size, args.workers):
+    for file, ranked in predict(model, files, transform, args.batch_size, args.workers):
         if ranked is None:
             print(f"{shown(file)}: cannot be read as an image", file=sys.stderr)
             unread += 1
@@ -90,14 +90,16 @@ def find_images(places: list[Path]) -> list[Path]:
 
 
 @torch.inference_mode()
-def predict(model, files: list[Path], size: int, batch_size: int, workers: int):
+def predict(
+    model, files: list[Path], transform: EvalTransform, batch_size: int, workers: int,
+):
     """Yield (file, [(label, probability)], best first), with None for a file that is no image."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, memory_format=torch.channels_last)
     listing = np.array([os.fsencode(file) for file in files])
     source = ImageFiles(Path(), listing, np.zeros(len(files), dtype=np.int64))
     batches, _ = eval_batches(
-        EvalSet(source, EvalTransform(size)), batch_size=batch_size,
+        EvalSet(source, transform), batch_size=batch_size,
         workers=min(workers, usable_cpus(), len(files) // batch_size), pin_memory=False)
     for batch in batches:
         images = normalise(batch.image.to(device))

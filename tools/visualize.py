@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import DataError
 from data.images import read_rgb
 from data.splits import class_folders, list_images
-from data.transforms import EvalTransform, normalise
+from data.transforms import EvalTransform, normalise, trained_transform
 from models import ModelError
 from models.insight import View, channel_names, look_inside, twist_blocks
 from models.stci import ANGLES, HEADS, REDUCED, direction_kernels
@@ -67,9 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"--block {args.block}: there are {', '.join(blocks)}")
     if folders and blocks[args.block].stci.ais is None:
         raise UsageError(f"{about['model']} has no AIS: there are no weights to compare by class")
-    size = args.img_size or (about["config"] or about["record"] or {}).get("img_size", 224)
     names = about["classes"] or [f"class {i}" for i in range(about["num_classes"])]
-    reader, taken = Reader(EvalTransform(size)), set()
+    reader, taken = Reader(trained_transform(about["config"], args.img_size)), set()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
