@@ -3,9 +3,9 @@
   python -m tools.torture --kills 50
 
 Pretrains on synthetic textures under torchrun with two processes: once undisturbed, and once
-killed (-9) or signalled at random moments, a rank or torchrun itself. torchrun starts the ranks
-again when one was killed, and this tool starts torchrun again. At the end both runs have the same
-weights, bit for bit, and the same log but for its timings.
+killed (-9) or signalled at random moments, a rank or torchrun itself, at times with a torn
+latest.pt. torchrun starts the ranks again when one was killed, and this tool starts torchrun again.
+At the end both runs have the same weights, bit for bit, and the same log but for its timings.
 """
 
 import fcntl
@@ -25,12 +25,14 @@ import torch
 
 import pretrain_imagenet
 from data.synthetic import write_imagenet_tree
+from training.checkpoint import LATEST
 from training.command_line import Parser, at_least, run
 from training.engine import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("images_per_s", "data_wait", "seconds")
-BLOWS = (("torchrun", signal.SIGKILL), ("torchrun", signal.SIGTERM), ("torchrun", signal.SIGINT),
+BLOWS = ((LATEST, signal.SIGKILL),  # torn, as by a power cut, and then torchrun is killed
+         ("torchrun", signal.SIGKILL), ("torchrun", signal.SIGTERM), ("torchrun", signal.SIGINT),
          ("rank", signal.SIGKILL), ("rank", signal.SIGTERM), ("rank", signal.SIGUSR1))
 
 
@@ -102,6 +104,11 @@ def strike(folder: Path, process: subprocess.Popen, rng: random.Random, tally: T
     time.sleep(rng.uniform(0, 4))
     target, number = rng.choice(BLOWS)
     victims = ranks(process.pid) if target == "rank" else [process.pid]
+    latest = folder / "checkpoints" / LATEST
+    if target == LATEST and latest.exists():
+        whole = latest.read_bytes()
+        latest.unlink()  # it may be best.pt too
+        latest.write_bytes(whole[: len(whole) // 2])
     if process.poll() is None and victims:
         os.kill(rng.choice(victims), number)
         tally.kills[f"{target} {number.name}"] += 1
@@ -150,7 +157,10 @@ def report(whole: Path, hurt: Path, tally: Tally, seconds: float) -> bool:
     }
     for name, count in {**table, **{f"  {k}": v for k, v in sorted(tally.kills.items())}}.items():
         print(f"{name:<28} {count}")
-    return same and rows == hurt_rows and not lost
+    by_itself = table["resumes"] - table["kills"], (whole / "steps").read_text().count("start") - 1
+    if max(by_itself) > 0:
+        print("a run ended by itself, and torchrun started it again")
+    return same and rows == hurt_rows and not lost and max(by_itself) <= 0
 
 
 def main() -> None:
@@ -168,8 +178,11 @@ def main() -> None:
         epochs = 1 + args.kills // 4  # of 48 steps: long enough for all the kills
         if not attempt(whole, data, epochs, rng, Tally(0)):
             raise NotEqual((whole / "output.log").read_text()[-2000:])
+        struck = -1
         while not attempt(hurt, data, epochs, rng, tally):
-            pass
+            if tally.kills.total() == struck:
+                raise NotEqual("it failed by itself: " + (hurt / "output.log").read_text()[-2000:])
+            struck = tally.kills.total()
         equal = report(whole, hurt, tally, time.monotonic() - started)
     if not equal:
         raise NotEqual("the disturbed run is not the run it would have been")
