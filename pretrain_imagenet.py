@@ -13,16 +13,16 @@ Writes latest.pt, best.pt, log.jsonl and, at the end, <model>_imagenet.pt with i
 import os
 import secrets
 import shlex
-import time
 from pathlib import Path
 
 import torch
 
 from data import DataError
-from data.imagenet import load_imagenet
+from data.imagenet import Source, load_imagenet
 from data.images import EvalSet, TrainSet, quick_look
 from data.loading import eval_batches, train_steps
 from data.sampling import StepSampler, seed_network
+from data.splits import digest_of
 from data.transforms import EvalTransform, make_augmentation, normalise
 from models import MODELS, ModelError, build_model
 from models.resnet import set_stochastic_depth
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         claim(folder, args)
     sampler = share_out(len(train), config, world)
     if state:
-        check_same_data(state, args, classes, len(train))
+        check_same_data(state, args, classes, train)
         if state["step"] > args.epochs * sampler.steps_per_epoch:
             raise RunError(f"--epochs {args.epochs} is less than {args.resume} has trained: its "
                            f"epoch {len(state['rows']) + 1} has begun")
@@ -170,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         base_lr = args.lr * sampler.global_batch / config["lr_images"]
     trainer = make_trainer(config, model, world, augment, lr=base_lr)
     progress = restore(trainer, state) if state else Progress()
+    if len(set(world.gather(progress.step))) > 1:  # one fell back, or a dying run saved in between
+        raise RunError(f"the ranks have read different states of {args.resume}: start them again")
     if args.compile:
         model.compile()
 
@@ -191,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
                                           name_of=val.name, between=between)[0],
         lr_of=make_schedule(config, base=base_lr, total_steps=total, warmup_steps=warmup),
         epochs=args.epochs, steps_per_epoch=sampler.steps_per_epoch, name_of=train.name,
-        frozen={"config": config, "classes": classes, "images": len(train)},
+        frozen={"config": config, "classes": classes, "images": len(train),
+                "data": digest_of(classes, {"train": train})},
         resume_with=resume_command(args, world),
         follow=board, save_seconds=60 * args.save_minutes,
     ).fit()
@@ -202,11 +205,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def resume_command(args, world: World) -> str:
-    launcher = ["python"]
+    words = ["python"]
     if world.size > 1:
-        launcher = ["torchrun", f"--nproc_per_node={world.local_size}"]
-    return shlex.join([*launcher, "pretrain_imagenet.py", "--data_dir", str(args.data_dir),
-                       "--resume", str(args.checkpoint_dir / LATEST)])
+        words = ["torchrun", f"--nproc_per_node={world.local_size}"]
+    if world.size > world.local_size:
+        words += [f"--nnodes={world.size // world.local_size}", "--rdzv_backend=c10d",
+                  "--rdzv_endpoint=HOST:PORT"]
+    words += ["pretrain_imagenet.py", "--data_dir", str(args.data_dir),
+              "--resume", str(args.checkpoint_dir / LATEST)]
+    parser = make_parser()
+    for name in ("workers", "weights_dir", "save_minutes"):
+        if getattr(args, name) != parser.get_default(name):
+            words += [f"--{name}", str(getattr(args, name))]
+    words += [f"--{name}" for name in ("compile", "tensorboard") if getattr(args, name)]
+    return shlex.join(words)
 
 
 def claim(folder: Folder, args) -> None:
@@ -222,7 +234,7 @@ def claim(folder: Folder, args) -> None:
     if not args.overwrite:
         raise RunError(f"{folder.path} holds a run: --resume {folder.path / LATEST} goes on with "
                        "it, --overwrite sets it aside, another --checkpoint_dir leaves it alone")
-    aside = folder.set_aside(folder.path / f"overwritten-{time.strftime('%Y%m%d-%H%M%S')}")
+    aside = folder.set_aside(folder.path / "overwritten")
     print(f"--overwrite: the run in {folder.path} now lies in {aside}", flush=True)
 
 
@@ -276,12 +288,15 @@ def share_out(images: int, config: dict, world: World) -> StepSampler:
     return sampler
 
 
-def check_same_data(state: dict, args, classes: list[str], images: int) -> None:
-    if (state["classes"], state["images"]) != (classes, images):
+def check_same_data(state: dict, args, classes: list[str], train: Source) -> None:
+    """RunError unless the training images are those of the checkpoint, by class and name."""
+    key = digest_of(classes, {"train": train})
+    if (state["classes"], state["images"], state.get("data", key)) != (classes, len(train), key):
         raise RunError(
-            f"--data_dir {args.data_dir} has {len(classes)} classes and {images} training images; "
-            f"{args.resume} was trained on {len(state['classes'])} classes and {state['images']} "
-            "images" + (" of other names" if len(classes) == len(state["classes"]) else ""))
+            f"--data_dir {args.data_dir} has {len(classes)} classes and {len(train)} training "
+            f"images; {args.resume} was trained on {len(state['classes'])} classes and "
+            f"{state['images']} images"
+            + (" of other names" if len(classes) == len(state["classes"]) else ""))
 
 
 def announce(config, sampler, val_images, model, base_lr, total, warmup, workers) -> None:

@@ -11,7 +11,6 @@ may run several times at once.
 import argparse
 import shlex
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from training.command_line import Parser, at_least, run
 from training.distributed import usable_cpus
 from training.loop import Preempted
 from training.preemption import StopRequest
-from training.record import Folder, read_json, write_json
+from training.record import Folder, write_json
 
 OWN = {"fold": "--folds", "seed": "--seeds", "model": "--models", "overwrite": "--force"}
 ROOT = Path(__file__).resolve().parent
@@ -160,19 +159,14 @@ def make_plan(args, forwarded: list[str]) -> Plan:
             for model in args.models:
                 line, cell_args = single(model, fold, seed)
                 folder = train.run_folder(cell_args)
+                cell_args.overwrite = args.force
                 config = train.make_config(cell_args, splits[fold], device)
                 if args.launcher == "slurm":  # the node's device decides, and train.py checks it
-                    config["precision"] = precision_of(folder) or config["precision"]
+                    config["precision"] = train.precision_of(folder) or config["precision"]
                 plan.configs[folder] = config
                 script = str(Path(train.__file__).resolve())
                 look_at(plan, Cell(folder, [sys.executable, "-u", script, *line]), args.force)
     return plan
-
-
-def precision_of(folder: Path) -> str | None:
-    """That of the run in `folder`, if there is one."""
-    results = read_json(folder / train.RESULTS) or {}
-    return (results.get("settings") or read_json(folder / train.CONFIG) or {}).get("precision")
 
 
 def look_at(plan: Plan, cell: Cell, force: bool) -> None:
@@ -197,9 +191,8 @@ def set_aside(run_dir: Path, cells: list[Cell]) -> None:
         folder.lock()  # until this function ends
     for folder in held:
         if folder.holds_run() or (folder.path / train.CONFIG).exists():
-            name = folder.path.name + time.strftime("-%Y%m%d-%H%M%S")
-            print(f"--force: the old run now lies in "
-                  f"{folder.set_aside(run_dir / 'overwritten' / name)}", flush=True)
+            aside = folder.set_aside(run_dir / "overwritten" / folder.path.name)
+            print(f"--force: the old run now lies in {aside}", flush=True)
 
 
 def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]:

@@ -12,7 +12,6 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -108,16 +107,28 @@ def load_data(args: argparse.Namespace) -> Splits:
 
 
 def make_config(args: argparse.Namespace, splits: Splits, device: torch.device) -> dict:
-    """What this run is; two runs with the same configuration give the same results."""
+    """What this run is; two runs with the same configuration give the same results.
+
+    A run that another machine has begun keeps the precision that was that machine's default.
+    """
+    precision = choose_precision(device, args.amp)
+    if args.amp is None and not args.overwrite:
+        precision = precision_of(run_folder(args)) or precision
     names = ["dataset", "fold", "seed", "model", "epochs", "batch_size", "lr", "img_size"]
     if args.dataset == "folder":
         names.append("num_folds")
     return {
         **{name: getattr(args, name) for name in names},
-        "precision": choose_precision(device, args.amp), **RECIPE,
+        "precision": precision, **RECIPE,
         "data": fingerprint(splits), "weights": weights_identity(args.model, args.pretrained),
         "data_dir": str(args.data_dir.resolve()),
     }
+
+
+def precision_of(folder: Path) -> str | None:
+    """That of the run in `folder`, if there is one."""
+    results = read_json(folder / RESULTS) or {}
+    return (results.get("settings") or read_json(folder / CONFIG) or {}).get("precision")
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -164,9 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     stop = StopRequest()
     folder.lock()
     if args.overwrite and (folder.holds_run() or (folder.path / CONFIG).exists()):
-        aside = args.run_dir / "overwritten" / (
-            folder.path.name + time.strftime("-%Y%m%d-%H%M%S"))
-        print(f"--overwrite: the old run now lies in {folder.set_aside(aside)}", flush=True)
+        aside = folder.set_aside(args.run_dir / "overwritten" / folder.path.name)
+        print(f"--overwrite: the old run now lies in {aside}", flush=True)
     results = finished(folder.path, config)
     if results:
         print(f"{folder.path} is finished: val_acc {results['val_acc']:.1f}, test_acc "
@@ -189,6 +199,9 @@ def main(argv: list[str] | None = None) -> None:
     the_run.fit()
 
     best, _ = load_checkpoint(folder.path / BEST)
+    if best["rows"] != the_run.progress.rows[: the_run.progress.best["epoch"]]:
+        raise RunError(f"{folder.path / BEST} is not the run's best epoch, "
+                       f"{the_run.progress.best['epoch']}: --overwrite starts anew")
     restore(the_run.trainer, best)
     score, predictions = test(the_run.check_stop)
     if score.unreadable:
@@ -249,7 +262,8 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
         lr_of=lambda step: lr_at(step, base=args.lr, total_steps=total, warmup_steps=warmup),
         epochs=args.epochs, steps_per_epoch=sampler.steps_per_epoch, name_of=splits.train.name,
         frozen={"config": config, "classes": splits.classes, "images": len(splits.train)},
-        resume_with=shlex.join(["python", *sys.argv]), extra_row=lambda: gates(model),
+        resume_with=shlex.join(["python", *(w for w in sys.argv if w != "--overwrite")]),
+        extra_row=lambda: gates(model),
         save_seconds=60 * args.save_minutes,
     ), scorer(splits.test)
 

@@ -1,5 +1,23 @@
-"""One thread a process: the tests' networks are small, and several run at a time."""
+"""What every test has: a folder of its own to work in, its own signal handlers, one thread.
+
+The tests' networks are small, and several tests run at a time.
+"""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from training.preemption import STOP_SIGNALS
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}-cache")
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

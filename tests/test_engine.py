@@ -148,8 +148,12 @@ def test_bf16_autocast_keeps_float32_weights_near_those_of_float32():
     torch.testing.assert_close(low, full, rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize(("amp", "expected"), [(None, "fp32"), (False, "fp32"), (True, "bf16")])
-def test_precision_on_a_cpu(amp, expected):
+@pytest.mark.parametrize(("amp", "has", "expected"), [
+    (None, {}, "fp32"), (None, {"avx512_f": True, "avx512_bf16": False}, "fp32"),
+    (None, {"avx512_bf16": True}, "bf16"), (None, {"amx_bf16": True}, "bf16"),
+    (False, {"avx512_bf16": True}, "fp32"), (True, {}, "bf16")])
+def test_precision_on_a_cpu(monkeypatch, amp, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert choose_precision(torch.device("cpu"), amp) == expected
 
 

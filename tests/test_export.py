@@ -17,11 +17,6 @@ CLASSES = ["banded", "müll", "woven"]
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def write_checkpoint(name="resnet18"):
     """Run-like best.pt with BatchNorm statistics and a classifier that matter; its network."""
     torch.manual_seed(0)

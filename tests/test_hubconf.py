@@ -13,11 +13,6 @@ from models import MODELS, ModelError, build_model
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def load(name, **flags):
     return torch.hub.load(str(ROOT), name, source="local", **flags)
 

@@ -17,11 +17,6 @@ from tools import predict
 CLASSES = ["banded", "dotted", "müll", "ringed", "woven", "wavy"]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)

@@ -12,13 +12,9 @@ from training.preemption import STOP_SIGNALS, StopRequest, ignore_stop_signals
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before(monkeypatch):
+def no_launcher(monkeypatch):
     monkeypatch.delenv("TWISTNET_LAUNCHER", raising=False)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])

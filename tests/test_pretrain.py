@@ -16,8 +16,10 @@ import pretrain_imagenet
 from data.synthetic import write_imagenet_tree
 from models import build_model
 from training import RunError
+from training.checkpoint import load_checkpoint
+from training.distributed import World
 from training.loop import Preempted
-from training.preemption import STOP_SIGNALS, StopRequest
+from training.preemption import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("images_per_s", "data_wait", "seconds")
@@ -29,16 +31,6 @@ def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("tree")
     write_imagenet_tree(root, train_per_class=6, val_per_class=3, size=40, seed=0, num_classes=3)
     return root
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    """Each test works in a folder of its own, and gives the signals back."""
-    monkeypatch.chdir(tmp_path)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def pretrain(tree, *flags, **named):
@@ -161,12 +153,20 @@ def test_seed_matters(tree):
 
 
 @pytest.mark.parametrize("flags", [["--lr", "0.2"], ["--batch_size", "8"], ["--seed", "1"],
-                                   ["--model", "seresnet18"], ["--amp"], ["--img-size", "64"]])
+                                   ["--model", "seresnet18"], ["--img-size", "64"]])
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(tree, flags):
     pretrain(tree, epochs=1)
     with pytest.raises(RunError, match=f"{flags[0].replace('-size', '_size')} .*contradicts"):
         resume(tree, *flags)
     resume(tree, "--batch_size", "4", "--lr", "0.1")  # the same values are no contradiction
+
+
+def test_precision_belongs_to_the_run(tree):
+    pretrain(tree, "--no_amp", epochs=1)
+    with pytest.raises(RunError, match="--amp .*contradicts .*fp32"):
+        resume(tree, "--amp")
+    resume(tree, "--epochs", "2")
+    assert load_checkpoint(Path("checkpoints/latest.pt"))[0]["config"]["precision"] == "fp32"
 
 
 def test_resume_of_nothing_and_of_what_is_no_checkpoint(tree):
@@ -179,6 +179,32 @@ def test_resume_of_nothing_and_of_what_is_no_checkpoint(tree):
                                 "weights/resnet18_imagenet.pt"])
     resume_auto = ["--data_dir", str(tree), "--workers", "0", "--resume", "auto"]
     pretrain_imagenet.main(resume_auto)  # finished: writes its outputs again
+
+
+def test_resume_after_images_were_exchanged_is_refused(tree):
+    pretrain(tree, epochs=1)
+    path = next(path for path in (tree / "train").glob("*/*"))
+    path.rename(path.with_name(f"other{path.suffix}"))
+    with pytest.raises(RunError, match="18 training images; .* of other names"):
+        resume(tree, "--epochs", "2")
+
+
+def test_ranks_that_read_different_checkpoints_do_not_start(tree, monkeypatch):
+    class Two(World):
+        def gather(self, value):
+            return [value, value + 1] if isinstance(value, int) else [value]
+    pretrain(tree, epochs=1)
+    monkeypatch.setattr(pretrain_imagenet, "start_processes",
+                        lambda: Two(0, 1, 0, 1, torch.device("cpu")))
+    with pytest.raises(RunError, match="ranks have read different states"):
+        resume(tree, "--epochs", "2")
+
+
+def test_the_command_that_goes_on_keeps_folders_and_speed(tree, monkeypatch):
+    stop_at_poll(monkeypatch, 2)
+    with pytest.raises(Preempted, match="--resume checkpoints/latest.pt --workers 0 "
+                                        "--weights_dir elsewhere --save_minutes 3.0$"):
+        pretrain(tree, weights_dir="elsewhere", save_minutes=3)
 
 
 def test_resume_on_other_data_is_refused(tree, tmp_path):

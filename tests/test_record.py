@@ -104,6 +104,7 @@ def test_set_aside_moves_a_runs_files_and_keeps_the_lock(tmp_path):
         (folder.path / name).write_text(name)
     (folder.path / "kept").mkdir()
     target = folder.set_aside(tmp_path / "old" / "run-1")
+    assert target.parent == tmp_path / "old" and target.name.startswith("run-1-2")
     assert sorted(os.listdir(target)) == sorted([LATEST, "log.jsonl", "config.json"])
     assert (target / LATEST).read_text() == LATEST
     assert sorted(os.listdir(folder.path)) == [".lock", "kept"]

@@ -1,7 +1,6 @@
 """train.py end to end, in this process, on a few tiny textures."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from models import ModelError, build_model
 from training import RunError
 from training.engine import Score
 from training.loop import Preempted
-from training.preemption import STOP_SIGNALS, StopRequest
+from training.preemption import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/dtd_fold1_resnet18_seed42")
@@ -28,15 +27,6 @@ def dtd(tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "dtd"
     write_dtd(root, images_per_class=9, folds=2, size=40, seed=0, num_classes=3)
     return root
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def fine_tune(dtd, *flags, **named):
@@ -118,6 +108,36 @@ def test_interrupted_goes_on_and_finished_is_left_alone(dtd, monkeypatch, capsys
     fine_tune(dtd)
     assert "is finished: val_acc" in capsys.readouterr().out
     assert (RUN / "results.json").stat().st_mtime_ns == written
+
+
+def test_what_goes_on_with_a_run_does_not_overwrite_it(dtd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "--fold", "1"])
+    polls = iter(range(100))
+    monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(polls) == 4)
+    with pytest.raises(Preempted, match="resume with: python train.py --fold 1$"):
+        fine_tune(dtd, "--overwrite")
+
+
+def test_the_tested_epoch_is_the_one_that_is_reported(dtd, monkeypatch):
+    fit = train.Run.fit
+
+    def with_an_old_best(run):
+        fit(run)
+        state = torch.load(RUN / "best.pt", weights_only=True)
+        torch.save({**state, "rows": [{**state["rows"][0], "epoch": 9}]}, RUN / "best.pt")
+    monkeypatch.setattr(train.Run, "fit", with_an_old_best)
+    with pytest.raises(RunError, match="best.pt is not the run's best epoch"):
+        fine_tune(dtd)
+    assert not (RUN / "results.json").exists()
+
+
+def test_a_run_keeps_the_precision_it_was_begun_with(dtd, monkeypatch, capsys):
+    fine_tune(dtd, "--no_amp", epochs=1)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    fine_tune(dtd, epochs=1)  # as on a machine with another default
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(RunError, match="precision fp32 → bf16"):
+        fine_tune(dtd, "--amp", epochs=1)
 
 
 def test_other_settings_are_named_and_overwrite_moves_the_old_run(dtd):

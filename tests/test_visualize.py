@@ -20,11 +20,6 @@ TWISTNETS = ["twistnet18", "twistnet18_no_spiral", "twistnet18_no_ais", "twistne
 CLASSES = ["$banded$", "dotted"]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def make(name="twistnet18"):
     """A network whose every part matters to its output."""
     torch.manual_seed(0)

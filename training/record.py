@@ -63,7 +63,8 @@ class Folder:
             log.exists() and log.read_bytes().strip() != b"")
 
     def set_aside(self, target: Path) -> Path:
-        """Move this folder's files, all but hidden ones, into the new folder `target`."""
+        """Move this folder's files, all but hidden ones, into the new folder `target`-<time>."""
+        target = target.with_name(target.name + time.strftime("-%Y%m%d-%H%M%S"))
         target.mkdir(parents=True)
         for entry in self.path.iterdir():
             if entry.is_file() and not entry.name.startswith("."):
