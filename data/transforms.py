@@ -146,17 +146,19 @@ class RandAugment(v2.RandAugment):
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 B × 3 × H × W → float32 with ImageNet's mean and standard deviation taken out."""
-    mean, scale = _constants(images.device)
-    return images.float().sub_(mean).mul_(scale)
+    """uint8 B × 3 × H × W → float32, channels last, less ImageNet's mean, over its deviation."""
+    mean, scale = _constants(images.shape[3], images.device)
+    # By rows of 3 W values: by channels last's three at a time it takes a CPU nine times as long.
+    rows = images.permute(0, 2, 3, 1).flatten(2).float().sub_(mean).mul_(scale)
+    return rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 @lru_cache
-def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _constants(width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     # Once a device: a copy from the host at each step would make it wait for the device.
-    mean = torch.tensor(IMAGENET_MEAN).mul_(255).view(3, 1, 1)
-    scale = torch.tensor(IMAGENET_STD).mul_(255).reciprocal_().view(3, 1, 1)
-    return mean.to(device), scale.to(device)
+    mean = torch.tensor(IMAGENET_MEAN).mul_(255)
+    scale = torch.tensor(IMAGENET_STD).mul_(255).reciprocal_()
+    return mean.repeat(width).to(device), scale.repeat(width).to(device)
 
 
 class Augment:
