@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data import DataError
-from data.imagenet import Source, load_imagenet
+from data.imagenet import load_imagenet
 from data.images import EvalSet, TrainSet, quick_look
 from data.loading import eval_batches, train_steps
 from data.sampling import StepSampler, seed_network
@@ -157,8 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     if world.main:
         claim(folder, args)
     sampler = share_out(len(train), config, world)
+    digest = digest_of(classes, {"train": train})
     if state:
-        check_same_data(state, args, classes, train)
+        check_same_data(state, args, classes, len(train), digest)
         if state["step"] > args.epochs * sampler.steps_per_epoch:
             raise RunError(f"--epochs {args.epochs} is less than {args.resume} has trained: its "
                            f"epoch {len(state['rows']) + 1} has begun")
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         lr_of=make_schedule(config, base=base_lr, total_steps=total, warmup_steps=warmup),
         epochs=args.epochs, steps_per_epoch=sampler.steps_per_epoch, name_of=train.name,
         frozen={"config": config, "classes": classes, "images": len(train),
-                "data": digest_of(classes, {"train": train})},
+                "data": digest},
         resume_with=resume_command(args, world),
         follow=board, save_seconds=60 * args.save_minutes,
     ).fit()
@@ -288,15 +289,14 @@ def share_out(images: int, config: dict, world: World) -> StepSampler:
     return sampler
 
 
-def check_same_data(state: dict, args, classes: list[str], train: Source) -> None:
+def check_same_data(state: dict, args, classes: list[str], images: int, digest: str) -> None:
     """RunError unless the training images are those of the checkpoint, by class and name."""
-    key = digest_of(classes, {"train": train})
-    if (state["classes"], state["images"], state.get("data", key)) != (classes, len(train), key):
+    old = state["classes"], state["images"], state.get("data", digest)  # not in the first ones
+    if old != (classes, images, digest):
         raise RunError(
-            f"--data_dir {args.data_dir} has {len(classes)} classes and {len(train)} training "
-            f"images; {args.resume} was trained on {len(state['classes'])} classes and "
-            f"{state['images']} images"
-            + (" of other names" if len(classes) == len(state["classes"]) else ""))
+            f"--data_dir {args.data_dir} has {len(classes)} classes and {images} training images; "
+            f"{args.resume} was trained on {len(state['classes'])} classes and {state['images']} "
+            "images" + (" of other names" if len(classes) == len(state["classes"]) else ""))
 
 
 def announce(config, sampler, val_images, model, base_lr, total, warmup, workers) -> None:

@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     the_run.fit()
 
     best, _ = load_checkpoint(folder.path / BEST)
-    if best["rows"] != the_run.progress.rows[: the_run.progress.best["epoch"]]:
+    if len(best["rows"]) != the_run.progress.best["epoch"]:
         raise RunError(f"{folder.path / BEST} is not the run's best epoch, "
                        f"{the_run.progress.best['epoch']}: --overwrite starts anew")
     restore(the_run.trainer, best)

@@ -258,7 +258,7 @@ def test_a_sweep_goes_on_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
 
 
 def test_two_at_once_share_the_cells_and_lose_none_when_one_is_stopped(tmp_path):
-    folders, epochs = [tmp_path / ONE, tmp_path / TWO], 6
+    folders, epochs = [tmp_path / ONE, tmp_path / TWO], 24  # long after the signal has come
     sweeps = [start(str(tmp_path), "--folds", "1-2", epochs=epochs) for _ in range(2)]
     wait_until(lambda: all(logged(folder) for folder in folders))  # one cell each
     sweeps[0].terminate()

@@ -124,7 +124,7 @@ def test_the_tested_epoch_is_the_one_that_is_reported(dtd, monkeypatch):
     def with_an_old_best(run):
         fit(run)
         state = torch.load(RUN / "best.pt", weights_only=True)
-        torch.save({**state, "rows": [{**state["rows"][0], "epoch": 9}]}, RUN / "best.pt")
+        torch.save({**state, "rows": [*state["rows"], {}]}, RUN / "best.pt")
     monkeypatch.setattr(train.Run, "fit", with_an_old_best)
     with pytest.raises(RunError, match="best.pt is not the run's best epoch"):
         fine_tune(dtd)

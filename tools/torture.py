@@ -25,7 +25,7 @@ import torch
 
 import pretrain_imagenet
 from data.synthetic import write_imagenet_tree
-from training.checkpoint import LATEST
+from training.checkpoint import LATEST, PREVIOUS
 from training.command_line import Parser, at_least, run
 from training.engine import Trainer
 
@@ -104,8 +104,8 @@ def strike(folder: Path, process: subprocess.Popen, rng: random.Random, tally: T
     time.sleep(rng.uniform(0, 4))
     target, number = rng.choice(BLOWS)
     victims = ranks(process.pid) if target == "rank" else [process.pid]
-    latest = folder / "checkpoints" / LATEST
-    if target == LATEST and latest.exists():
+    latest, previous = (folder / "checkpoints" / name for name in (LATEST, PREVIOUS))
+    if target == LATEST and previous.exists():
         whole = latest.read_bytes()
         latest.unlink()  # it may be best.pt too
         latest.write_bytes(whole[: len(whole) // 2])
