@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import DataError
 from data.images import ImageFiles
-from data.packed import ABOUT, PackedImages, Packing, check_room, held, made, read_about
+from data.packed import ABOUT, PackedImages, Packing, check_room, discard, held, made, read_about
 from data.splits import SPLITS, Splits
 
 FOLDER, SPLIT = ".twistnet_cache", "decoded"
@@ -112,8 +112,7 @@ def _build(source: ImageFiles, place: Path, *, workers: int, stop) -> PackedImag
         packed = _opened(place)
         if packed is None:
             if (place / ABOUT).exists():  # it did not open
-                for file in (ABOUT, f"{SPLIT}.data", f"{SPLIT}.npy"):
-                    (place / file).unlink(missing_ok=True)  # not truncated: a run may read it
+                discard(place, [SPLIT])
             _remove_others(place)
             try:
                 _decode(source, place, workers=workers, stop=stop)

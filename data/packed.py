@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -237,6 +237,12 @@ def made(make: Callable[[int], object], positions: np.ndarray, *, workers: int, 
 
 def _same(value):
     return value
+
+
+def discard(root: Path, splits: Iterable[str]) -> None:
+    """Remove a pack that is damaged; unlinked, not truncated, as a run may be reading it."""
+    for file in (ABOUT, *(f"{split}.{end}" for split in splits for end in ("data", "npy"))):
+        (root / file).unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data import DataError
 from data.imagenet import load_imagenet
 from data.images import ImageFiles, decode_rgb
-from data.packed import ABOUT, PackedImages, Packing, check_room, held, made, read_about
+from data.packed import ABOUT, PackedImages, Packing, check_room, discard, held, made, read_about
 from training import BusyError, RunError
 from training.command_line import Parser, at_least, run
 from training.distributed import usable_cpus
@@ -147,8 +147,7 @@ def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
                 packed.look(index)
     except (OSError, DataError) as error:
         print(f"packing again: {error}", flush=True)
-        for name in (ABOUT, *(f"{split}.{end}" for split in sources for end in ("data", "npy"))):
-            (args.out / name).unlink(missing_ok=True)  # not truncated: a run may read it
+        discard(args.out, sources)
         return False
     print(f"{args.out} is packed already, and whole: " + describe(about["splits"]))
     return True

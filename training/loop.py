@@ -116,7 +116,10 @@ class Run:
             self.save()
 
     def _restore_sums(self) -> None:
-        """Each rank goes on with its own sums; another number of ranks with rank 0 holding all."""
+        """Each rank goes on with its own sums; another number of ranks with rank 0 holding all.
+
+        The epoch's unreadable images are summed over the ranks alone: rank 0 holds them.
+        """
         self.broken = list(self.progress.broken) if self.world.main else []
         if len(self.progress.sums) == self.world.size:
             mine = self.progress.sums[self.world.rank]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -119,10 +120,11 @@ def end_to_end(args, commands: Callable, accuracies: Callable, *, images: int) -
 
 
 def call(command: list) -> None:
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
-                          text=True)
+    """Run Python with these arguments at the top of the project; RunError where it fails."""
+    words = list(map(str, command))
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"{command[0]} failed: {' '.join(done.stderr.split())[-1000:]}")
+        raise RunError(f"{shlex.join(words)} failed: {' '.join(done.stderr.split())[-1000:]}")
 
 
 def children_cpu() -> float:

@@ -1,7 +1,5 @@
 """What loading costs: the workers' part of every way to read the same images, and the device's."""
 
-import subprocess
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +14,11 @@ from data.packed import ABOUT, PackedImages, Packing, read_about
 from data.synthetic import write_imagenet_tree
 from data.transforms import Augment, TrainTransform
 from tools.benchmark import plain
+from tools.benchmark.end_to_end import call
 from tools.benchmark.timing import interleaved
 from training import RunError
 from training.distributed import start_processes
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 DRAWN_SIZE = 420  # px, about ImageNet's mean
 
 
@@ -68,10 +66,7 @@ def small_tree(args, folder: Path) -> Path:
 
 
 def pack(tree: Path, out: Path) -> PackedImages:
-    done = subprocess.run([sys.executable, "-m", "tools.pack", "--data_dir", tree, "--out", out,
-                           "--skip_unreadable"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"tools.pack failed: {done.stderr.strip()}")
+    call(["-m", "tools.pack", "--data_dir", tree, "--out", out, "--skip_unreadable"])
     return load_imagenet(out)[0]
 
 
