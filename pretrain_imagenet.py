@@ -52,47 +52,116 @@ RUN_FLAGS = ("recipe", "model", *FLAGS, "img_size", "seed")
 def make_parser() -> Parser:
     parser = Parser(description=__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", type=Path, default=Path("data/imagenet"), metavar="DIR",
-                      help="folder with train/ and val/, each of one folder of images a class")
-    data.add_argument("--img_size", type=at_least(32), default=224, metavar="PX",
-                      help="training and validation crop")
-    data.add_argument("--workers", type=at_least(0), default=8, metavar="N",
-                      help="loader processes per process, at most the CPUs it may use")
+    data.add_argument(
+        "--data_dir",
+        type=Path,
+        default=Path("data/imagenet"),
+        metavar="DIR",
+        help="folder with train/ and val/, each of one folder of images a class",
+    )
+    data.add_argument(
+        "--img_size",
+        type=at_least(32),
+        default=224,
+        metavar="PX",
+        help="training and validation crop",
+    )
+    data.add_argument(
+        "--workers",
+        type=at_least(0),
+        default=8,
+        metavar="N",
+        help="loader processes per process, at most the CPUs it may use",
+    )
     recipe = parser.add_argument_group("recipe", "defaults are those of the recipe guide")
-    recipe.add_argument("--recipe", default="guide", choices=RECIPES, metavar="NAME",
-                        help="guide, or a1 for timm's A1, in steps of 2048 images whatever the "
-                             "--batch_size (pip install timm)")
-    recipe.add_argument("--model", default="twistnet18", choices=MODELS, metavar="NAME",
-                        help=f"one of {', '.join(MODELS)}")
+    recipe.add_argument(
+        "--recipe",
+        default="guide",
+        choices=RECIPES,
+        metavar="NAME",
+        help="guide, or a1 for timm's A1, in steps of 2048 images whatever the "
+        "--batch_size (pip install timm)",
+    )
+    recipe.add_argument(
+        "--model",
+        default="twistnet18",
+        choices=MODELS,
+        metavar="NAME",
+        help=f"one of {', '.join(MODELS)}",
+    )
     recipe.add_argument("--epochs", type=at_least(1), metavar="N", help="epochs")
-    recipe.add_argument("--batch_size", type=at_least(1), metavar="B",
-                        help="images a process and step; with a1, at a time")
-    recipe.add_argument("--lr", type=at_least(0, float), metavar="LR",
-                        help="learning rate for 256 images, times global batch / 256; with a1, "
-                             "as it is")
-    recipe.add_argument("--weight_decay", type=at_least(0, float), metavar="WD",
-                        help="of convolutions and linear layers; none on norms, biases, gates")
-    recipe.add_argument("--warmup_epochs", type=at_least(0, float), metavar="N",
-                        help="linear warm-up before the cosine")
-    recipe.add_argument("--label_smoothing", type=at_least(0, float), metavar="E",
-                        help="kept on mixed targets")
-    recipe.add_argument("--seed", type=at_least(0), default=42, metavar="S",
-                        help="of initial weights, order and augmentation")
+    recipe.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        metavar="B",
+        help="images a process and step; with a1, at a time",
+    )
+    recipe.add_argument(
+        "--lr",
+        type=at_least(0, float),
+        metavar="LR",
+        help="learning rate for 256 images, times global batch / 256; with a1, as it is",
+    )
+    recipe.add_argument(
+        "--weight_decay",
+        type=at_least(0, float),
+        metavar="WD",
+        help="of convolutions and linear layers; none on norms, biases, gates",
+    )
+    recipe.add_argument(
+        "--warmup_epochs",
+        type=at_least(0, float),
+        metavar="N",
+        help="linear warm-up before the cosine",
+    )
+    recipe.add_argument(
+        "--label_smoothing", type=at_least(0, float), metavar="E", help="kept on mixed targets"
+    )
+    recipe.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=42,
+        metavar="S",
+        help="of initial weights, order and augmentation",
+    )
     parser.set_defaults(**{name: RECIPES["guide"][name] for name in FLAGS})
     add_amp_flags(parser.add_argument_group("speed")).add_argument(
-        "--compile", action="store_true", help="torch.compile the network")
+        "--compile", action="store_true", help="torch.compile the network"
+    )
     files = parser.add_argument_group("files")
-    files.add_argument("--checkpoint_dir", type=Path, default=Path("checkpoints"), metavar="DIR",
-                       help="one run's checkpoints and log; one folder holds one run")
-    files.add_argument("--weights_dir", type=Path, default=Path("weights"), metavar="DIR",
-                       help="where the final weights are written and found")
-    files.add_argument("--resume", type=Path, metavar="FILE",
-                       help="checkpoint to go on from, in its folder; 'auto': latest.pt of "
-                            "--checkpoint_dir if there is one")
-    files.add_argument("--overwrite", action="store_true",
-                       help="start anew where a run lies: its files are set aside")
-    files.add_argument("--save_minutes", type=at_least(0, float), default=15, metavar="M",
-                       help="time between checkpoints within an epoch")
+    files.add_argument(
+        "--checkpoint_dir",
+        type=Path,
+        default=Path("checkpoints"),
+        metavar="DIR",
+        help="one run's checkpoints and log; one folder holds one run",
+    )
+    files.add_argument(
+        "--weights_dir",
+        type=Path,
+        default=Path("weights"),
+        metavar="DIR",
+        help="where the final weights are written and found",
+    )
+    files.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint to go on from, in its folder; 'auto': latest.pt of "
+        "--checkpoint_dir if there is one",
+    )
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew where a run lies: its files are set aside",
+    )
+    files.add_argument(
+        "--save_minutes",
+        type=at_least(0, float),
+        default=15,
+        metavar="M",
+        help="time between checkpoints within an epoch",
+    )
     add_tensorboard_flag(files)
     return parser
 
@@ -129,18 +198,24 @@ def adopt_flags(args, given: set[str], state: dict) -> None:
         raise RunError(f"{args.resume} is no checkpoint of pretrain_imagenet.py")
     config = state["config"] = {"recipe": "guide", **RECIPES["guide"], **config}
     if args.amp is not None and args.amp != (config["precision"] != "fp32"):
-        raise RunError(f"--{'amp' if args.amp else 'no_amp'} contradicts {args.resume}, which was "
-                       f"made in {config['precision']}: leave the flag out")
+        raise RunError(
+            f"--{'amp' if args.amp else 'no_amp'} contradicts {args.resume}, which was "
+            f"made in {config['precision']}: leave the flag out"
+        )
     for name in RUN_FLAGS:
         if name not in given:
             setattr(args, name, config[name])
         elif name != "epochs" and getattr(args, name) != config[name]:
-            raise RunError(f"--{name} {getattr(args, name)} contradicts {args.resume}, which was "
-                           f"made with {config[name]}: leave the flag out, or start a new run in "
-                           "another --checkpoint_dir")
+            raise RunError(
+                f"--{name} {getattr(args, name)} contradicts {args.resume}, which was "
+                f"made with {config[name]}: leave the flag out, or start a new run in "
+                "another --checkpoint_dir"
+            )
     if args.epochs < len(state["rows"]):
-        raise RunError(f"--epochs {args.epochs} is less than the {len(state['rows'])} epochs that "
-                       f"{args.resume} has trained")
+        raise RunError(
+            f"--epochs {args.epochs} is less than the {len(state['rows'])} epochs that "
+            f"{args.resume} has trained"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -153,7 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     stop = StopRequest()
     config = make_config(args, state, world)
     transform, augment = make_augmentation(
-        config, size=args.img_size, seed=args.seed, num_classes=len(classes))
+        config, size=args.img_size, seed=args.seed, num_classes=len(classes)
+    )
     if world.main:
         claim(folder, args)
     sampler = share_out(len(train), config, world)
@@ -161,8 +237,10 @@ def main(argv: list[str] | None = None) -> None:
     if state:
         check_same_data(state, args, classes, len(train), digest)
         if state["step"] > args.epochs * sampler.steps_per_epoch:
-            raise RunError(f"--epochs {args.epochs} is less than {args.resume} has trained: its "
-                           f"epoch {len(state['rows']) + 1} has begun")
+            raise RunError(
+                f"--epochs {args.epochs} is less than {args.resume} has trained: its "
+                f"epoch {len(state['rows']) + 1} has begun"
+            )
 
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(classes), pretrained="none")
@@ -177,27 +255,42 @@ def main(argv: list[str] | None = None) -> None:
         model.compile()
 
     total = args.epochs * sampler.steps_per_epoch
-    warmup = warmup_steps(args.warmup_epochs, steps_per_epoch=sampler.steps_per_epoch,
-                          total_steps=total)
-    loading = {"workers": min(args.workers, usable_cpus()), "worker_init": ignore_stop_signals,
-               "pin_memory": world.device.type == "cuda"}
+    warmup = warmup_steps(
+        args.warmup_epochs, steps_per_epoch=sampler.steps_per_epoch, total_steps=total
+    )
+    loading = {
+        "workers": min(args.workers, usable_cpus()),
+        "worker_init": ignore_stop_signals,
+        "pin_memory": world.device.type == "cuda",
+    }
     if world.main:
         announce(config, sampler, len(val), model, base_lr, total, warmup, loading["workers"])
     val_batches, rounds = eval_batches(
         EvalSet(val, EvalTransform(args.img_size, config["test_resize"])),
-        batch_size=args.batch_size, rank=world.rank, world=world.size, **loading)
+        batch_size=args.batch_size,
+        rank=world.rank,
+        world=world.size,
+        **loading,
+    )
     Run(
-        trainer, progress, folder, stop,
-        steps_from=lambda first: train_steps(TrainSet(train, transform, args.seed), sampler,
-                                             first=first, last=total, **loading),
-        validate=lambda between: evaluate(trainer, val_batches, normalise, rounds=rounds,
-                                          name_of=val.name, between=between)[0],
+        trainer,
+        progress,
+        folder,
+        stop,
+        steps_from=lambda first: train_steps(
+            TrainSet(train, transform, args.seed), sampler, first=first, last=total, **loading
+        ),
+        validate=lambda between: evaluate(
+            trainer, val_batches, normalise, rounds=rounds, name_of=val.name, between=between
+        )[0],
         lr_of=make_schedule(config, base=base_lr, total_steps=total, warmup_steps=warmup),
-        epochs=args.epochs, steps_per_epoch=sampler.steps_per_epoch, name_of=train.name,
-        frozen={"config": config, "classes": classes, "images": len(train),
-                "data": digest},
+        epochs=args.epochs,
+        steps_per_epoch=sampler.steps_per_epoch,
+        name_of=train.name,
+        frozen={"config": config, "classes": classes, "images": len(train), "data": digest},
         resume_with=resume_command(args, world),
-        follow=board, save_seconds=60 * args.save_minutes,
+        follow=board,
+        save_seconds=60 * args.save_minutes,
     ).fit()
     if world.main:
         export(args, config, model, progress.rows, classes)
@@ -210,10 +303,18 @@ def resume_command(args, world: World) -> str:
     if world.size > 1:
         words = ["torchrun", f"--nproc_per_node={world.local_size}"]
     if world.size > world.local_size:
-        words += [f"--nnodes={world.size // world.local_size}", "--rdzv_backend=c10d",
-                  "--rdzv_endpoint=HOST:PORT"]
-    words += ["pretrain_imagenet.py", "--data_dir", str(args.data_dir),
-              "--resume", str(args.checkpoint_dir / LATEST)]
+        words += [
+            f"--nnodes={world.size // world.local_size}",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=HOST:PORT",
+        ]
+    words += [
+        "pretrain_imagenet.py",
+        "--data_dir",
+        str(args.data_dir),
+        "--resume",
+        str(args.checkpoint_dir / LATEST),
+    ]
     parser = make_parser()
     for name in ("workers", "weights_dir", "save_minutes"):
         if getattr(args, name) != parser.get_default(name):
@@ -233,8 +334,10 @@ def claim(folder: Folder, args) -> None:
     if resumed_here or not folder.holds_run():
         return
     if not args.overwrite:
-        raise RunError(f"{folder.path} holds a run: --resume {folder.path / LATEST} goes on with "
-                       "it, --overwrite sets it aside, another --checkpoint_dir leaves it alone")
+        raise RunError(
+            f"{folder.path} holds a run: --resume {folder.path / LATEST} goes on with "
+            "it, --overwrite sets it aside, another --checkpoint_dir leaves it alone"
+        )
     aside = folder.set_aside(folder.path / "overwritten")
     print(f"--overwrite: the run in {folder.path} now lies in {aside}", flush=True)
 
@@ -248,12 +351,18 @@ def make_config(args, state: dict | None, world: World) -> dict:
     if recipe["global_batch"]:
         micro_batches, left = divmod(recipe["global_batch"], args.batch_size)
     if left or not micro_batches:
-        raise RunError(f"--batch_size {args.batch_size} does not divide the "
-                       f"{recipe['global_batch']} images of a step of --recipe {args.recipe}: use "
-                       "one that does, such as 256")
-    return {**recipe, **{name: getattr(args, name) for name in RUN_FLAGS},
-            "precision": choose_precision(world.device, args.amp),
-            "micro_batches": micro_batches, "run": secrets.token_hex(8)}
+        raise RunError(
+            f"--batch_size {args.batch_size} does not divide the "
+            f"{recipe['global_batch']} images of a step of --recipe {args.recipe}: use "
+            "one that does, such as 256"
+        )
+    return {
+        **recipe,
+        **{name: getattr(args, name) for name in RUN_FLAGS},
+        "precision": choose_precision(world.device, args.amp),
+        "micro_batches": micro_batches,
+        "run": secrets.token_hex(8),
+    }
 
 
 def make_trainer(config: dict, model: torch.nn.Module, world: World, augment, *, lr: float):
@@ -262,30 +371,47 @@ def make_trainer(config: dict, model: torch.nn.Module, world: World, augment, *,
     model.to(world.device, memory_format=torch.channels_last)
     make_optimizer = OPTIMIZERS[config["optimizer"]]
     return Trainer(
-        model, make_optimizer(model, lr=lr, weight_decay=config["weight_decay"]), world,
-        config["precision"], augment, label_smoothing=config["label_smoothing"],
+        model,
+        make_optimizer(model, lr=lr, weight_decay=config["weight_decay"]),
+        world,
+        config["precision"],
+        augment,
+        label_smoothing=config["label_smoothing"],
         loss=LOSSES[config["loss"]],
-        seed_forward=lambda step, micro: seed_network(config["seed"], step, micro, 2))
+        seed_forward=lambda step, micro: seed_network(config["seed"], step, micro, 2),
+    )
 
 
 def share_out(images: int, config: dict, world: World) -> StepSampler:
     """The order of samples; RunError where the run's micro-batches cannot be shared evenly."""
     micro_batches = config["micro_batches"]
     if micro_batches % world.size:
-        raise RunError(f"the run has {micro_batches} micro-batches of {config['batch_size']} a "
-                       f"step, which {world.size} processes cannot share evenly: use a number of "
-                       f"processes that divides {micro_batches}"
-                       + (", or a smaller --batch_size" if config["global_batch"] else ""))
+        raise RunError(
+            f"the run has {micro_batches} micro-batches of {config['batch_size']} a "
+            f"step, which {world.size} processes cannot share evenly: use a number of "
+            f"processes that divides {micro_batches}"
+            + (", or a smaller --batch_size" if config["global_batch"] else "")
+        )
     if images < micro_batches:
-        raise RunError(f"--data_dir has {images} training images, fewer than the {micro_batches} "
-                       "micro-batches of a step: use fewer processes"
-                       + (", or a larger --batch_size" if config["global_batch"] else ""))
-    sampler = StepSampler(images, seed=config["seed"], micro_batch=config["batch_size"],
-                          micro_batches=micro_batches, rank=world.rank, world=world.size,
-                          repeats=config["repeats"])
+        raise RunError(
+            f"--data_dir has {images} training images, fewer than the {micro_batches} "
+            "micro-batches of a step: use fewer processes"
+            + (", or a larger --batch_size" if config["global_batch"] else "")
+        )
+    sampler = StepSampler(
+        images,
+        seed=config["seed"],
+        micro_batch=config["batch_size"],
+        micro_batches=micro_batches,
+        rank=world.rank,
+        world=world.size,
+        repeats=config["repeats"],
+    )
     if sampler.micro_batch == 1 and config["img_size"] <= 32:
-        raise RunError("BatchNorm needs more than one value a channel: use a --batch_size above 1, "
-                       "or an --img_size above 32")
+        raise RunError(
+            "BatchNorm needs more than one value a channel: use a --batch_size above 1, "
+            "or an --img_size above 32"
+        )
     return sampler
 
 
@@ -296,37 +422,54 @@ def check_same_data(state: dict, args, classes: list[str], images: int, digest: 
         raise RunError(
             f"--data_dir {args.data_dir} has {len(classes)} classes and {images} training images; "
             f"{args.resume} was trained on {len(state['classes'])} classes and {state['images']} "
-            "images" + (" of other names" if len(classes) == len(state["classes"]) else ""))
+            "images" + (" of other names" if len(classes) == len(state["classes"]) else "")
+        )
 
 
 def announce(config, sampler, val_images, model, base_lr, total, warmup, workers) -> None:
     """Say what is about to happen, in the lines that one compares between runs."""
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{config['model']}: {parameters:,} parameters, {model.fc.out_features} classes, "
-          f"{sampler.images:,} training and {val_images:,} validation images")
-    print(f"recipe {config['recipe']}: "
-          + in_words({name: config[name] for name in RECIPES[config["recipe"]]}))
+    print(
+        f"{config['model']}: {parameters:,} parameters, {model.fc.out_features} classes, "
+        f"{sampler.images:,} training and {val_images:,} validation images"
+    )
+    print(
+        f"recipe {config['recipe']}: "
+        + in_words({name: config[name] for name in RECIPES[config["recipe"]]})
+    )
     lr = f"lr {base_lr:g}"
     if config["lr_images"]:
         lr += f" ({config['lr']:g} × {sampler.global_batch} / {config['lr_images']})"
-    print(f"global batch {sampler.global_batch} ({sampler.micro_batches} × {sampler.micro_batch}), "
-          f"{lr}, {config['epochs']} epochs of {sampler.steps_per_epoch} steps, "
-          f"{config['precision']}, {workers} workers a process")
+    print(
+        f"global batch {sampler.global_batch} ({sampler.micro_batches} × {sampler.micro_batch}), "
+        f"{lr}, {config['epochs']} epochs of {sampler.steps_per_epoch} steps, "
+        f"{config['precision']}, {workers} workers a process"
+    )
     if sampler.micro_batch < config["batch_size"]:
-        print(f"the training set is smaller than a batch of {config['batch_size']} a process: "
-              f"each epoch is one step of {sampler.global_batch} images")
+        print(
+            f"the training set is smaller than a batch of {config['batch_size']} a process: "
+            f"each epoch is one step of {sampler.global_batch} images"
+        )
     if warmup < round(config["warmup_epochs"] * sampler.steps_per_epoch):
-        print(f"--warmup_epochs {config['warmup_epochs']:g} is not shorter than the run: the "
-              f"warm-up is a tenth of it, {warmup} of {total} steps")
+        print(
+            f"--warmup_epochs {config['warmup_epochs']:g} is not shorter than the run: the "
+            f"warm-up is a tenth of it, {warmup} of {total} steps"
+        )
     print(end="", flush=True)
 
 
 def export(args, config: dict, model: torch.nn.Module, rows: list[dict], classes: list[str]):
     """Write the last epoch's weights into both folders."""
     about = {
-        "model": args.model, "classes": len(classes), "class_names": classes, "epochs": len(rows),
-        "top1": rows[-1]["val_top1"], "top5": rows[-1]["val_top5"], "img_size": args.img_size,
-        "recipe": config, "seed": args.seed,
+        "model": args.model,
+        "classes": len(classes),
+        "class_names": classes,
+        "epochs": len(rows),
+        "top1": rows[-1]["val_top1"],
+        "top5": rows[-1]["val_top5"],
+        "img_size": args.img_size,
+        "recipe": config,
+        "seed": args.seed,
     }
     write_weights(model, about, f"{args.model}_imagenet", [args.checkpoint_dir, args.weights_dir])
 

@@ -48,33 +48,72 @@ ROOT = Path(__file__).resolve().parent
 def make_parser() -> Parser:
     parser = Parser(prog="run_all.py", description=__doc__)
     sweep = parser.add_argument_group("sweep")
-    sweep.add_argument("--models", type=names, default="resnet18,twistnet18", metavar="A,B",
-                       help=f"of {', '.join(MODELS)}")
-    sweep.add_argument("--folds", type=numbers, default="1", metavar="1-10",
-                       help="numbers and ranges")
-    sweep.add_argument("--seeds", type=numbers, default="42", metavar="42,43",
-                       help="numbers and ranges")
-    sweep.add_argument("--run_dir", type=Path, default=Path("runs"), metavar="DIR",
-                       help="where the run folders and the table go")
-    sweep.add_argument("--force", action="store_true",
-                       help="run every cell anew; what lies there moves to RUN_DIR/overwritten")
-    sweep.add_argument("--dry_run", action="store_true",
-                       help="print the commands of the cells that are not finished, and end")
-    sweep.add_argument("--launcher", choices=["local", "slurm"], default="local",
-                       help="this machine, or a Slurm job array (pip install submitit)")
+    sweep.add_argument(
+        "--models",
+        type=names,
+        default="resnet18,twistnet18",
+        metavar="A,B",
+        help=f"of {', '.join(MODELS)}",
+    )
+    sweep.add_argument(
+        "--folds", type=numbers, default="1", metavar="1-10", help="numbers and ranges"
+    )
+    sweep.add_argument(
+        "--seeds", type=numbers, default="42", metavar="42,43", help="numbers and ranges"
+    )
+    sweep.add_argument(
+        "--run_dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where the run folders and the table go",
+    )
+    sweep.add_argument(
+        "--force",
+        action="store_true",
+        help="run every cell anew; what lies there moves to RUN_DIR/overwritten",
+    )
+    sweep.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the commands of the cells that are not finished, and end",
+    )
+    sweep.add_argument(
+        "--launcher",
+        choices=["local", "slurm"],
+        default="local",
+        help="this machine, or a Slurm job array (pip install submitit)",
+    )
     local = parser.add_argument_group("--launcher local")
-    local.add_argument("--slots", type=at_least(1), metavar="N",
-                       help="runs at a time, which share the cores (default: 1)")
-    local.add_argument("--gpus", type=numbers, metavar="0,1",
-                       help="one run at a time on each of these GPUs, instead of --slots")
+    local.add_argument(
+        "--slots",
+        type=at_least(1),
+        metavar="N",
+        help="runs at a time, which share the cores (default: 1)",
+    )
+    local.add_argument(
+        "--gpus",
+        type=numbers,
+        metavar="0,1",
+        help="one run at a time on each of these GPUs, instead of --slots",
+    )
     slurm = parser.add_argument_group(
-        "--launcher slurm", "what else sbatch takes: in its variables, such as SBATCH_ACCOUNT")
+        "--launcher slurm", "what else sbatch takes: in its variables, such as SBATCH_ACCOUNT"
+    )
     slurm.add_argument("--partition", metavar="NAME", help="of the cluster (default: its own)")
-    slurm.add_argument("--time", type=at_least(10), metavar="MINUTES",
-                       help="time limit, after which a run is queued again (default: 240)")
+    slurm.add_argument(
+        "--time",
+        type=at_least(10),
+        metavar="MINUTES",
+        help="time limit, after which a run is queued again (default: 240)",
+    )
     slurm.add_argument("--gpus_per_task", type=at_least(0), metavar="N", help="(default: 1)")
-    slurm.add_argument("--at_once", type=at_least(1), metavar="N",
-                       help="runs at a time (default: what the cluster gives)")
+    slurm.add_argument(
+        "--at_once",
+        type=at_least(1),
+        metavar="N",
+        help="runs at a time (default: what the cluster gives)",
+    )
     return parser
 
 
@@ -83,12 +122,13 @@ def names(text: str) -> list[str]:
     unknown = [name for name in found if name not in MODELS]
     if unknown or not found or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of different models out of {', '.join(MODELS)}")
+            f"{text!r} is not a list of different models out of {', '.join(MODELS)}"
+        )
     return found
 
 
 def numbers(text: str) -> list[int]:
-    """"1-3,7" → [1, 2, 3, 7]."""
+    """ "1-3,7" → [1, 2, 3, 7]."""
     found = []
     try:
         for part in text.split(","):
@@ -98,7 +138,8 @@ def numbers(text: str) -> list[int]:
         found = []
     if not found or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of different numbers and ranges such as 1-3,7")
+            f"{text!r} is not a list of different numbers and ranges such as 1-3,7"
+        )
     return found
 
 
@@ -108,8 +149,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     for name in train.make_parser().given(forwarded):
         if name in OWN:
             raise RunError(f"--{name} is for train.py: a sweep has {OWN[name]}")
-    defaults = {"local": {"slots": None, "gpus": None},
-                "slurm": {"partition": None, "time": 240, "gpus_per_task": 1, "at_once": None}}
+    defaults = {
+        "local": {"slots": None, "gpus": None},
+        "slurm": {"partition": None, "time": 240, "gpus_per_task": 1, "at_once": None},
+    }
     for launcher, flags in defaults.items():
         for name, default in flags.items():
             if getattr(args, name) is None:
@@ -141,14 +184,25 @@ def make_plan(args, forwarded: list[str]) -> Plan:
     there = torch.cuda.device_count()
     if args.gpus and max(args.gpus) >= there:
         raise RunError(f"--gpus {max(args.gpus)}: torch sees {there} GPUs here, counted from 0")
+
     def single(model: str, fold: int, seed: int):
-        line = [*forwarded, "--model", model, "--fold", str(fold), "--seed", str(seed),
-                "--run_dir", str(args.run_dir)]
+        line = [
+            *forwarded,
+            "--model",
+            model,
+            "--fold",
+            str(fold),
+            "--seed",
+            str(seed),
+            "--run_dir",
+            str(args.run_dir),
+        ]
         return line, train.make_parser().parse_args(line)
 
     _, first = single(args.models[0], args.folds[0], args.seeds[0])
-    splits = {fold: train.load_data(single(args.models[0], fold, args.seeds[0])[1])
-              for fold in args.folds}
+    splits = {
+        fold: train.load_data(single(args.models[0], fold, args.seeds[0])[1]) for fold in args.folds
+    }
     quick_look(splits[args.folds[0]].val)
     for model in args.models:
         build_model(model, len(splits[args.folds[0]].classes), first.pretrained)
@@ -174,8 +228,11 @@ def look_at(plan: Plan, cell: Cell, force: bool) -> None:
     try:
         results = None if force else train.finished(cell.folder, plan.configs[cell.folder])
     except RunError as error:
-        print(f"not reused: {error}".replace("--overwrite moves", "--force moves"),
-              file=sys.stderr, flush=True)
+        print(
+            f"not reused: {error}".replace("--overwrite moves", "--force moves"),
+            file=sys.stderr,
+            flush=True,
+        )
         plan.other.append(cell.name)
         return
     if results:
@@ -215,16 +272,22 @@ def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]
             line.say(f"{cell.name} is being run by another process, and waited for")
         elif outcome in (FAILED, AGAIN):
             what = "failed twice" if cell.failures and outcome == FAILED else "failed"
-            line.say(f"{cell.name} {what}{problems.get(cell.folder, '')}; its output ends with\n"
-                     f"{tail(cell.folder)}" + ("\nonce more" if outcome == AGAIN else ""))
+            line.say(
+                f"{cell.name} {what}{problems.get(cell.folder, '')}; its output ends with\n"
+                f"{tail(cell.folder)}" + ("\nonce more" if outcome == AGAIN else "")
+            )
         if outcome == FAILED:
             failed.append(cell.name)
             line.failed += 1
 
-    slots = make_slots(plan.cells, args.slots, args.gpus, cores=usable_cpus(),
-                       workers=plan.workers)
-    LocalPool(slots, stop=lambda: bool(stop), report=report, polled=line.show,
-              is_done=lambda cell: results_of(cell) is not None).run(plan.cells)
+    slots = make_slots(plan.cells, args.slots, args.gpus, cores=usable_cpus(), workers=plan.workers)
+    LocalPool(
+        slots,
+        stop=lambda: bool(stop),
+        report=report,
+        polled=line.show,
+        is_done=lambda cell: results_of(cell) is not None,
+    ).run(plan.cells)
     line.close()
     return failed, sorted(left)
 
@@ -236,8 +299,12 @@ def main(argv: list[str] | None = None) -> None:
         for cell in plan.cells:
             print(shlex.join(cell.command + ["--overwrite"] * args.force))
         return
-    grid = {"dataset": plan.dataset, "models": args.models, "folds": args.folds,
-            "seeds": args.seeds}
+    grid = {
+        "dataset": plan.dataset,
+        "models": args.models,
+        "folds": args.folds,
+        "seeds": args.seeds,
+    }
     try:
         args.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(args.run_dir / "sweep.json", grid)
@@ -246,8 +313,11 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise RunError(f"--run_dir {args.run_dir} cannot be written ({error.strerror})") from error
     started = sum((cell.folder / train.CONFIG).exists() for cell in plan.cells)
-    print(f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.cells)} to do "
-          f"({started} of them begun), {len(plan.other)} of other settings", flush=True)
+    print(
+        f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.cells)} to do "
+        f"({started} of them begun), {len(plan.other)} of other settings",
+        flush=True,
+    )
 
     if args.launcher == "slurm" and plan.cells:
         return submit_all(args, plan)
@@ -256,8 +326,10 @@ def main(argv: list[str] | None = None) -> None:
     print(write_tables(args.run_dir, **grid, skip=plan.other), flush=True)
     if left:
         again = "the same command without --force" if args.force else "the same command"
-        raise Preempted(f"stopped by {stop.reason or 'a signal to a run'} with {len(left)} runs to "
-                        f"do: {again} goes on")
+        raise Preempted(
+            f"stopped by {stop.reason or 'a signal to a run'} with {len(left)} runs to "
+            f"do: {again} goes on"
+        )
     if plan.other + failed:
         print(f"failed or not reused: {', '.join(plan.other + failed)}", file=sys.stderr)
         sys.exit(1)
@@ -266,14 +338,23 @@ def main(argv: list[str] | None = None) -> None:
 def submit_all(args, plan: Plan) -> None:
     """Queue the cells, and say how to collect them."""
     logs = args.run_dir / "slurm"
-    job = submit(plan.cells, logs, minutes=args.time, partition=args.partition,
-                 gpus=args.gpus_per_task, cpus=plan.workers + 1, at_once=args.at_once)
+    job = submit(
+        plan.cells,
+        logs,
+        minutes=args.time,
+        partition=args.partition,
+        gpus=args.gpus_per_task,
+        cpus=plan.workers + 1,
+        at_once=args.at_once,
+    )
     there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
     folder = args.run_dir if Path.cwd() == ROOT else args.run_dir.resolve()
-    print(f"Slurm job array {job}: {len(plan.cells)} runs. Each one's output goes to output.log in "
-          f"its folder, Slurm's own to {logs}.\nThe same command again queues what is missing "
-          "then. The table, now or when all are done:\n  "
-          f"{there}python -m tools.report {shlex.quote(str(folder))}")
+    print(
+        f"Slurm job array {job}: {len(plan.cells)} runs. Each one's output goes to output.log in "
+        f"its folder, Slurm's own to {logs}.\nThe same command again queues what is missing "
+        "then. The table, now or when all are done:\n  "
+        f"{there}python -m tools.report {shlex.quote(str(folder))}"
+    )
     if plan.other:
         print(f"not reused: {', '.join(plan.other)}", file=sys.stderr)
         sys.exit(1)

@@ -46,49 +46,113 @@ from training.preemption import StopRequest, ignore_stop_signals
 from training.record import Folder, provenance, read_json, write_json
 
 CONFIG, RESULTS = "config.json", "results.json"
-RECIPE = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "warmup_epochs": 5,
-          "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "randaugment": [2, 9],
-          "crop_scale": [0.2, 1.0], "clip_norm": 1.0}
+RECIPE = {
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 5,
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "randaugment": [2, 9],
+    "crop_scale": [0.2, 1.0],
+    "clip_norm": 1.0,
+}
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="train.py", description=__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", type=Path, default=Path("data/dtd"), metavar="DIR",
-                      help="where the dataset lies, see data/README.md")
-    data.add_argument("--dataset", default="dtd", choices=DATASETS, metavar="NAME",
-                      help=f"one of {', '.join(DATASETS)}")
+    data.add_argument(
+        "--data_dir",
+        type=Path,
+        default=Path("data/dtd"),
+        metavar="DIR",
+        help="where the dataset lies, see data/README.md",
+    )
+    data.add_argument(
+        "--dataset",
+        default="dtd",
+        choices=DATASETS,
+        metavar="NAME",
+        help=f"one of {', '.join(DATASETS)}",
+    )
     data.add_argument("--fold", type=at_least(1), default=1, metavar="K", help="which split")
-    data.add_argument("--num_folds", type=at_least(1), default=10, metavar="N",
-                      help="of --dataset folder: how many reshuffles there are")
-    data.add_argument("--download", action="store_true",
-                      help="fetch DTD into --data_dir first, unless it is there")
-    data.add_argument("--workers", type=at_least(0), default=4, metavar="N",
-                      help="loader processes, at most the CPUs there are")
-    data.add_argument("--no_cache", action="store_true",
-                      help="decode the images in every epoch, instead of once for all runs into "
-                           ".twistnet_cache beside them")
+    data.add_argument(
+        "--num_folds",
+        type=at_least(1),
+        default=10,
+        metavar="N",
+        help="of --dataset folder: how many reshuffles there are",
+    )
+    data.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch DTD into --data_dir first, unless it is there",
+    )
+    data.add_argument(
+        "--workers",
+        type=at_least(0),
+        default=4,
+        metavar="N",
+        help="loader processes, at most the CPUs there are",
+    )
+    data.add_argument(
+        "--no_cache",
+        action="store_true",
+        help="decode the images in every epoch, instead of once for all runs into "
+        ".twistnet_cache beside them",
+    )
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--model", default="twistnet18", choices=MODELS, metavar="NAME",
-                        help=f"one of {', '.join(MODELS)}")
-    recipe.add_argument("--pretrained", default="auto", metavar="auto|none|PATH",
-                        help="auto finds weights/<model>_imagenet.pt; none starts from scratch")
-    recipe.add_argument("--seed", type=at_least(0), default=42, metavar="S",
-                        help="of the new layers, order and augmentation")
+    recipe.add_argument(
+        "--model",
+        default="twistnet18",
+        choices=MODELS,
+        metavar="NAME",
+        help=f"one of {', '.join(MODELS)}",
+    )
+    recipe.add_argument(
+        "--pretrained",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="auto finds weights/<model>_imagenet.pt; none starts from scratch",
+    )
+    recipe.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=42,
+        metavar="S",
+        help="of the new layers, order and augmentation",
+    )
     recipe.add_argument("--epochs", type=at_least(1), default=100, metavar="N", help="epochs")
-    recipe.add_argument("--batch_size", type=at_least(1), default=32, metavar="B",
-                        help="images a step")
-    recipe.add_argument("--lr", type=at_least(0, float), default=0.01, metavar="LR",
-                        help="learning rate after the warm-up")
+    recipe.add_argument(
+        "--batch_size", type=at_least(1), default=32, metavar="B", help="images a step"
+    )
+    recipe.add_argument(
+        "--lr",
+        type=at_least(0, float),
+        default=0.01,
+        metavar="LR",
+        help="learning rate after the warm-up",
+    )
     recipe.add_argument("--img_size", type=at_least(32), default=224, metavar="PX", help="crop")
     add_amp_flags(parser.add_argument_group("speed"))
     files = parser.add_argument_group("files")
-    files.add_argument("--run_dir", type=Path, default=Path("runs"), metavar="DIR",
-                       help="folder of run folders")
-    files.add_argument("--overwrite", action="store_true",
-                       help="start anew where a run lies: its files move to RUN_DIR/overwritten")
-    files.add_argument("--save_minutes", type=at_least(0, float), default=15, metavar="M",
-                       help="time between checkpoints within an epoch")
+    files.add_argument(
+        "--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders"
+    )
+    files.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew where a run lies: its files move to RUN_DIR/overwritten",
+    )
+    files.add_argument(
+        "--save_minutes",
+        type=at_least(0, float),
+        default=15,
+        metavar="M",
+        help="time between checkpoints within an epoch",
+    )
     add_tensorboard_flag(files)
     return parser
 
@@ -119,8 +183,10 @@ def make_config(args: argparse.Namespace, splits: Splits, device: torch.device) 
         names.append("num_folds")
     return {
         **{name: getattr(args, name) for name in names},
-        "precision": precision, **RECIPE,
-        "data": fingerprint(splits), "weights": weights_identity(args.model, args.pretrained),
+        "precision": precision,
+        **RECIPE,
+        "data": fingerprint(splits),
+        "weights": weights_identity(args.model, args.pretrained),
         "data_dir": str(args.data_dir.resolve()),
     }
 
@@ -133,13 +199,20 @@ def precision_of(folder: Path) -> str | None:
 
 def differences(old: dict, new: dict) -> list[str]:
     """What two configurations differ in, as "name old → new". Paths may differ: contents count."""
+
     def comparable(config: dict) -> dict:
         weights = config.get("weights") or {}
-        return {**{k: v for k, v in config.items() if k not in ("data_dir", "weights")},
-                "weights": weights.get("sha256") or weights.get("source")}
+        return {
+            **{k: v for k, v in config.items() if k not in ("data_dir", "weights")},
+            "weights": weights.get("sha256") or weights.get("source"),
+        }
+
     old, new = comparable(old), comparable(new)
-    return [f"{name} {old.get(name)} → {new.get(name)}" for name in {**old, **new}
-            if old.get(name) != new.get(name)]
+    return [
+        f"{name} {old.get(name)} → {new.get(name)}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
 
 
 def finished(folder: Path, config: dict) -> dict | None:
@@ -148,8 +221,11 @@ def finished(folder: Path, config: dict) -> dict | None:
     RunError where the folder holds a run of another configuration, finished or not.
     """
     results = read_json(folder / RESULTS)
-    old = {**results.get("settings", {}), "weights": results.get("weights")} if results else (
-        read_json(folder / CONFIG))
+    old = (
+        {**results.get("settings", {}), "weights": results.get("weights")}
+        if results
+        else (read_json(folder / CONFIG))
+    )
     if old:
         check_same(folder, old, config)
     return results
@@ -158,15 +234,19 @@ def finished(folder: Path, config: dict) -> dict | None:
 def check_same(folder: Path, old: dict, config: dict) -> None:
     changed = differences(old, config)
     if changed:
-        raise RunError(f"{folder} holds a run with other settings ({'; '.join(changed)}): "
-                       "--overwrite moves it aside, another --run_dir leaves it alone")
+        raise RunError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): "
+            "--overwrite moves it aside, another --run_dir leaves it alone"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RunError("train.py is one process a run: start it with python, not torchrun, and "
-                       "many runs with run_all.py")
+        raise RunError(
+            "train.py is one process a run: start it with python, not torchrun, and "
+            "many runs with run_all.py"
+        )
     board = Board(run_folder(args), wanted=args.tensorboard)
     splits = load_data(args)
     world = start_processes()
@@ -179,8 +259,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"--overwrite: the old run now lies in {aside}", flush=True)
     results = finished(folder.path, config)
     if results:
-        print(f"{folder.path} is finished: val_acc {results['val_acc']:.1f}, test_acc "
-              f"{results['test_acc']:.1f}")
+        print(
+            f"{folder.path} is finished: val_acc {results['val_acc']:.1f}, test_acc "
+            f"{results['test_acc']:.1f}"
+        )
         return
     if not args.no_cache:
         splits = decoded(splits, workers=min(args.workers, usable_cpus()), stop=lambda: bool(stop))
@@ -200,19 +282,25 @@ def main(argv: list[str] | None = None) -> None:
 
     best, _ = load_checkpoint(folder.path / BEST)
     if len(best["rows"]) != the_run.progress.best["epoch"]:
-        raise RunError(f"{folder.path / BEST} is not the run's best epoch, "
-                       f"{the_run.progress.best['epoch']}: --overwrite starts anew")
+        raise RunError(
+            f"{folder.path / BEST} is not the run's best epoch, "
+            f"{the_run.progress.best['epoch']}: --overwrite starts anew"
+        )
     restore(the_run.trainer, best)
     score, predictions = test(the_run.check_stop)
     if score.unreadable:
-        raise RunError("test images cannot be read, and are never left out: restore them, then "
-                       f"run the same command: {', '.join(score.unreadable)}")
+        raise RunError(
+            "test images cannot be read, and are never left out: restore them, then "
+            f"run the same command: {', '.join(score.unreadable)}"
+        )
     results = make_results(args, config, splits, the_run, weights, score, predictions)
     write_json(folder.path / RESULTS, results)
     folder.status("finished", epoch=args.epochs)
     (folder.path / PREVIOUS).unlink(missing_ok=True)  # a sweep has many runs
-    print(f"test_acc {results['test_acc']:.1f} ({score.top1} of {score.images}) from epoch "
-          f"{results['best_epoch']}, val_acc {results['val_acc']:.1f}: {folder.path / RESULTS}")
+    print(
+        f"test_acc {results['test_acc']:.1f} ({score.top1} of {score.images}) from epoch "
+        f"{results['best_epoch']}, val_acc {results['val_acc']:.1f}: {folder.path / RESULTS}"
+    )
 
 
 def load_started(folder: Path, config: dict) -> dict | None:
@@ -229,38 +317,65 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
     """The run, and what scores the test set."""
     num_classes = len(splits.classes)
     model.to(world.device, memory_format=torch.channels_last)
-    transform, augment = make_augmentation(RECIPE, size=args.img_size, seed=args.seed,
-                                           num_classes=num_classes)
+    transform, augment = make_augmentation(
+        RECIPE, size=args.img_size, seed=args.seed, num_classes=num_classes
+    )
     trainer = Trainer(
-        model, make_sgd(model, lr=args.lr, weight_decay=RECIPE["weight_decay"]), world,
-        config["precision"], augment, label_smoothing=RECIPE["label_smoothing"],
-        clip_norm=RECIPE["clip_norm"])
+        model,
+        make_sgd(model, lr=args.lr, weight_decay=RECIPE["weight_decay"]),
+        world,
+        config["precision"],
+        augment,
+        label_smoothing=RECIPE["label_smoothing"],
+        clip_norm=RECIPE["clip_norm"],
+    )
 
-    sampler = StepSampler(len(splits.train), seed=args.seed, micro_batch=args.batch_size,
-                          micro_batches=1)
+    sampler = StepSampler(
+        len(splits.train), seed=args.seed, micro_batch=args.batch_size, micro_batches=1
+    )
     if sampler.micro_batch == 1 and args.img_size <= 32:
-        raise RunError("BatchNorm needs more than one value a channel: use a --batch_size above 1, "
-                       "or an --img_size above 32")
+        raise RunError(
+            "BatchNorm needs more than one value a channel: use a --batch_size above 1, "
+            "or an --img_size above 32"
+        )
     total = args.epochs * sampler.steps_per_epoch
-    warmup = warmup_steps(RECIPE["warmup_epochs"], steps_per_epoch=sampler.steps_per_epoch,
-                          total_steps=total)
-    loading = {"workers": min(args.workers, usable_cpus()), "worker_init": ignore_stop_signals,
-               "pin_memory": world.device.type == "cuda"}
+    warmup = warmup_steps(
+        RECIPE["warmup_epochs"], steps_per_epoch=sampler.steps_per_epoch, total_steps=total
+    )
+    loading = {
+        "workers": min(args.workers, usable_cpus()),
+        "worker_init": ignore_stop_signals,
+        "pin_memory": world.device.type == "cuda",
+    }
 
     def scorer(source: ImageFiles):
-        batches, rounds = eval_batches(EvalSet(source, EvalTransform(args.img_size)),
-                                       batch_size=max(args.batch_size, 32), **loading)
-        return lambda between: evaluate(trainer, batches, normalise, rounds=rounds,
-                                        name_of=source.name, between=between)
+        batches, rounds = eval_batches(
+            EvalSet(source, EvalTransform(args.img_size)),
+            batch_size=max(args.batch_size, 32),
+            **loading,
+        )
+        return lambda between: evaluate(
+            trainer, batches, normalise, rounds=rounds, name_of=source.name, between=between
+        )
 
     validate = scorer(splits.val)
     return Run(
-        trainer, Progress(), folder, stop,
-        steps_from=lambda first: train_steps(TrainSet(splits.train, transform, args.seed),
-                                             sampler, first=first, last=total, **loading),
+        trainer,
+        Progress(),
+        folder,
+        stop,
+        steps_from=lambda first: train_steps(
+            TrainSet(splits.train, transform, args.seed),
+            sampler,
+            first=first,
+            last=total,
+            **loading,
+        ),
         validate=lambda between: validate(between)[0],
         lr_of=lambda step: lr_at(step, base=args.lr, total_steps=total, warmup_steps=warmup),
-        epochs=args.epochs, steps_per_epoch=sampler.steps_per_epoch, name_of=splits.train.name,
+        epochs=args.epochs,
+        steps_per_epoch=sampler.steps_per_epoch,
+        name_of=splits.train.name,
         frozen={"config": config, "classes": splits.classes, "images": len(splits.train)},
         resume_with=shlex.join(["python", *(w for w in sys.argv if w != "--overwrite")]),
         extra_row=lambda: gates(model),
@@ -270,8 +385,11 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
 
 def gates(model: nn.Module) -> dict:
     """How far each TwistBlock's gate is open, for the log; nothing for other networks."""
-    opened = [torch.sigmoid(block.gate).item() for block in model.modules()
-              if isinstance(block, TwistBlock)]
+    opened = [
+        torch.sigmoid(block.gate).item()
+        for block in model.modules()
+        if isinstance(block, TwistBlock)
+    ]
     return {"gates": opened} if opened else {}
 
 
@@ -285,19 +403,26 @@ def make_results(args, config, splits, the_run: Run, weights, score, predictions
     confusion = torch.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)
     return {
         **{name: config[name] for name in ("model", "dataset", "fold", "seed", "epochs")},
-        "best_epoch": best["epoch"], "val_acc": best["val_top1"],
+        "best_epoch": best["epoch"],
+        "val_acc": best["val_top1"],
         "test_acc": 100 * score.top1 / score.images,
         "val_correct": round(best["val_top1"] * len(splits.val) / 100),
-        "val_images": len(splits.val), "test_correct": score.top1, "test_images": score.images,
-        "train_images": len(splits.train), "classes": splits.classes,
-        "confusion": confusion.tolist(), "test_labels": labels.tolist(),
+        "val_images": len(splits.val),
+        "test_correct": score.top1,
+        "test_images": score.images,
+        "train_images": len(splits.train),
+        "classes": splits.classes,
+        "confusion": confusion.tolist(),
+        "test_labels": labels.tolist(),
         "test_predictions": predicted.tolist(),
-        "test_files": [os.path.normpath(os.path.join(place, os.fsdecode(name)))
-                       for name in test.files.tolist()],
+        "test_files": [
+            os.path.normpath(os.path.join(place, os.fsdecode(name))) for name in test.files.tolist()
+        ],
         "settings": {name: value for name, value in config.items() if name != "weights"},
         "weights": weights,
         "parameters": sum(p.numel() for p in the_run.trainer.model.parameters()),
-        "seconds": sum(row["seconds"] for row in the_run.progress.rows), **provenance(),
+        "seconds": sum(row["seconds"] for row in the_run.progress.rows),
+        **provenance(),
     }
 
 

@@ -55,7 +55,10 @@ def cache_folders(root: Path) -> list[Path]:
 
 
 def decoded(
-    splits: Splits, *, workers: int, stop: Callable[[], bool] = lambda: False,
+    splits: Splits,
+    *,
+    workers: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Splits:
     """The same splits, read from a cache of decoded images, which is made unless it is there.
 
@@ -75,14 +78,20 @@ def decoded(
                 reasons.append(str(error))
     if packed is None:
         if reasons:
-            print("no cache of decoded images, files are decoded in each epoch: "
-                  + "; ".join(reasons), flush=True)
+            print(
+                "no cache of decoded images, files are decoded in each epoch: "
+                + "; ".join(reasons),
+                flush=True,
+            )
         return splits
     row_of = np.full(len(files), -1, np.int64)
     row_of[packed.rows["position"]] = np.arange(len(packed))
-    cached = {split: DecodedFiles(part.root, part.files, part.labels, packed,
-                                  row_of[np.searchsorted(files, part.files)])
-              for split, part in zip(SPLITS, parts, strict=True)}
+    cached = {
+        split: DecodedFiles(
+            part.root, part.files, part.labels, packed, row_of[np.searchsorted(files, part.files)]
+        )
+        for split, part in zip(SPLITS, parts, strict=True)
+    }
     return replace(splits, **cached)
 
 
@@ -145,12 +154,20 @@ def _decode(source: ImageFiles, place: Path, *, workers: int, stop) -> None:
         writer = packing.writer(SPLIT, source.files, source.labels)
         size = _mean_size(source) * len(writer.missing)
         _check_fits(place, size)
-        print(f"decoding {len(writer.missing):,} images once, {size / 1e9:.1f} GB, into {place}",
-              flush=True)
+        print(
+            f"decoding {len(writer.missing):,} images once, {size / 1e9:.1f} GB, into {place}",
+            flush=True,
+        )
 
         images = made(partial(_pixels, source), writer.missing, workers=workers)
-        for position, image in tqdm(images, total=len(writer.missing), unit="image",
-                                    desc="decoding", leave=False, disable=None):
+        for position, image in tqdm(
+            images,
+            total=len(writer.missing),
+            unit="image",
+            desc="decoding",
+            leave=False,
+            disable=None,
+        ):
             if stop():
                 writer.flush()
                 return
@@ -182,8 +199,10 @@ def _mean_size(source: ImageFiles) -> float:
 def _check_fits(place: Path, size: float) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory / 2:
-        raise DataError(f"the decoded images, about {size / 1e9:.1f} GB, would not stay in this "
-                        f"machine's memory of {memory / 1e9:.1f} GB")
+        raise DataError(
+            f"the decoded images, about {size / 1e9:.1f} GB, would not stay in this "
+            f"machine's memory of {memory / 1e9:.1f} GB"
+        )
     check_room(place, 1.05 * size)
 
 

@@ -54,14 +54,16 @@ def choose_subset(classes: list[ClassSource], subset: str) -> list[ClassSource]:
         if not 1 <= int(subset) <= len(wnids):
             raise DataError(f"--subset {subset}: the source has {len(wnids)} classes")
         # By hash: a draw that no version of a random generator can change.
-        chosen = set(sorted(wnids, key=lambda wnid: sha256(wnid.encode()).digest())[:int(subset)])
+        chosen = set(sorted(wnids, key=lambda wnid: sha256(wnid.encode()).digest())[: int(subset)])
     elif path.is_file():
         chosen = {line.split()[0] for line in path.read_text().splitlines() if line.strip()}
         unknown = sorted(chosen - set(wnids))
         if unknown or not chosen:
             what = f"{unknown[0]!r} ({len(unknown)} such)" if unknown else "nothing"
-            raise DataError(f"--subset {path} names {what}, expected a wnid a line, of the "
-                            f"{len(wnids)} training classes in the source")
+            raise DataError(
+                f"--subset {path} names {what}, expected a wnid a line, of the "
+                f"{len(wnids)} training classes in the source"
+            )
     else:
         raise DataError(f"--subset {subset} is neither a number nor a file of wnids")
     return [c for c in classes if c.wnid in chosen]
@@ -72,9 +74,11 @@ def check_same_classes(classes: list[ClassSource]) -> None:
     train, val = ({c.wnid for c in classes if c.split == split} for split in ("train", "val"))
     for split, only, other in (("train", train - val, "val"), ("val", val - train, "train")):
         if only:
-            raise DataError(f"{len(only)} classes have {split} images and no {other} images "
-                            f"({min(only)}, …): add what is missing, or choose classes that have "
-                            "both with --subset FILE")
+            raise DataError(
+                f"{len(only)} classes have {split} images and no {other} images "
+                f"({min(only)}, …): add what is missing, or choose classes that have "
+                "both with --subset FILE"
+            )
 
 
 def shortfall(train: ImageFiles, val: ImageFiles, classes: list[str]) -> list[str]:
@@ -83,11 +87,14 @@ def shortfall(train: ImageFiles, val: ImageFiles, classes: list[str]) -> list[st
     Other sets have 1,000 classes as well (ImageNet-Mini): half of either split says which it is.
     """
     if len(classes) != NUM_CLASSES or not (
-            2 * len(train) > NUM_IMAGES["train"] or 2 * len(val) > NUM_IMAGES["val"]):
+        2 * len(train) > NUM_IMAGES["train"] or 2 * len(val) > NUM_IMAGES["val"]
+    ):
         return []
-    return [f"{images.root} has {len(images):,} images, ImageNet-1K has {NUM_IMAGES[split]:,}"
-            for split, images in (("train", train), ("val", val))
-            if len(images) != NUM_IMAGES[split]]
+    return [
+        f"{images.root} has {len(images):,} images, ImageNet-1K has {NUM_IMAGES[split]:,}"
+        for split, images in (("train", train), ("val", val))
+        if len(images) != NUM_IMAGES[split]
+    ]
 
 
 def _find_train(source: Path) -> tuple[list[ClassSource], list[Path]]:
@@ -97,11 +104,16 @@ def _find_train(source: Path) -> tuple[list[ClassSource], list[Path]]:
     folder = _split_folder(source, "train", TRAIN_TAR)
     classes = {c.wnid: c for c in _class_folders("train", folder)}
     # Where a class has both, its folder may be what an interrupted tar left behind.
-    classes |= {p.stem: TarClass("train", p.stem, p) for p in sorted(folder.glob("n*.tar"))
-                if WNID.fullmatch(p.stem)}
+    classes |= {
+        p.stem: TarClass("train", p.stem, p)
+        for p in sorted(folder.glob("n*.tar"))
+        if WNID.fullmatch(p.stem)
+    }
     if not classes:
-        raise DataError(f"{folder} has neither class folders nor class tars (n01440764, "
-                        "n01440764.tar, …): is the training archive unpacked into it?")
+        raise DataError(
+            f"{folder} has neither class folders nor class tars (n01440764, "
+            "n01440764.tar, …): is the training archive unpacked into it?"
+        )
     return [classes[wnid] for wnid in sorted(classes)], []
 
 
@@ -110,10 +122,13 @@ def _nested_classes(path: Path) -> list[ClassSource]:
         members = read_members(archive, str(path))
     for member in members:
         if not (member.name.endswith(".tar") and WNID.fullmatch(member.name[:-4])):
-            raise DataError(f"{path} holds {member.name!r}, expected only class tars such as "
-                            "n01440764.tar: not the official training archive")
-    return [TarClass("train", m.name[:-4], path, inner=m)
-            for m in sorted(members, key=lambda m: m.name)]
+            raise DataError(
+                f"{path} holds {member.name!r}, expected only class tars such as "
+                "n01440764.tar: not the official training archive"
+            )
+    return [
+        TarClass("train", m.name[:-4], path, inner=m) for m in sorted(members, key=lambda m: m.name)
+    ]
 
 
 def _find_val(source: Path) -> tuple[list[ClassSource], list[Path]]:
@@ -122,32 +137,44 @@ def _find_val(source: Path) -> tuple[list[ClassSource], list[Path]]:
         with open_tar(path) as archive:
             found = {m.name: m for m in read_members(archive, str(path)) if is_image(m.name)}
         labels, archives = read_val_labels(source, source / "val")
-        return [TarClass("val", wnid, path, members=tuple(found[name] for name in names))
-                for wnid, names in _by_class(found, labels, path).items()], [path, *archives]
+        return [
+            TarClass("val", wnid, path, members=tuple(found[name] for name in names))
+            for wnid, names in _by_class(found, labels, path).items()
+        ], [path, *archives]
     folder = _split_folder(source, "val", VAL_TAR)
     flat = folder / "images" if (folder / "images").is_dir() else folder
     names, classes = list_images(flat), _class_folders("val", folder)
     if not names:
         if not classes:
-            raise DataError(f"{folder} has neither images nor class folders: is the validation "
-                            "archive unpacked into it?")
+            raise DataError(
+                f"{folder} has neither images nor class folders: is the validation "
+                "archive unpacked into it?"
+            )
         return classes, []
     if any(list_images(c.path) for c in classes):
-        raise DataError(f"{folder} has {len(names)} loose images beside filled class folders: "
-                        "move them all into class folders, or all out of them")
+        raise DataError(
+            f"{folder} has {len(names)} loose images beside filled class folders: "
+            "move them all into class folders, or all out of them"
+        )
     labels, archives = read_val_labels(source, folder)
-    return [FolderClass("val", wnid, flat, tuple(of_class))
-            for wnid, of_class in _by_class(names, labels, flat).items()], archives
+    return [
+        FolderClass("val", wnid, flat, tuple(of_class))
+        for wnid, of_class in _by_class(names, labels, flat).items()
+    ], archives
 
 
 def _by_class(names: Iterable[str], labels: dict[str, str], where: Path) -> dict[str, list[str]]:
     """Image names by wnid, sorted. Raises DataError unless names and labels are the same images."""
     stems = {Path(name).stem for name in names}
-    for lacking, what in ((stems - labels.keys(), "no label is known for"),
-                          (labels.keys() - stems, "it lacks")):
+    for lacking, what in (
+        (stems - labels.keys(), "no label is known for"),
+        (labels.keys() - stems, "it lacks"),
+    ):
         if lacking:
-            raise DataError(f"{where}: {what} {len(lacking)} of {len(labels.keys() | stems)} "
-                            f"validation images ({min(lacking)}, …): unpack or download it again")
+            raise DataError(
+                f"{where}: {what} {len(lacking)} of {len(labels.keys() | stems)} "
+                f"validation images ({min(lacking)}, …): unpack or download it again"
+            )
     by_class = defaultdict(list)
     for name in sorted(names):
         by_class[labels[Path(name).stem]].append(name)
@@ -158,12 +185,15 @@ def _split_folder(source: Path, split: str, tar: str) -> Path:
     for name in (f"{KAGGLE}/{split}", split, Path(tar).stem):
         if (source / name).is_dir():
             return source / name
-    raise DataError(f"--source {source} has no {split} images: expected {tar}, {split}/ or "
-                    f"{KAGGLE}/{split}/ in it (a .zip must be unpacked first)")
+    raise DataError(
+        f"--source {source} has no {split} images: expected {tar}, {split}/ or "
+        f"{KAGGLE}/{split}/ in it (a .zip must be unpacked first)"
+    )
 
 
 def _class_folders(split: str, folder: Path) -> list[ClassSource]:
     found = (p for p in sorted(folder.iterdir()) if WNID.fullmatch(p.name) and p.is_dir())
     # Tiny-ImageNet has train/<wnid>/images.
-    return [FolderClass(split, p.name, p / "images" if (p / "images").is_dir() else p)
-            for p in found]
+    return [
+        FolderClass(split, p.name, p / "images" if (p / "images").is_dir() else p) for p in found
+    ]

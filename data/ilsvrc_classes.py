@@ -146,14 +146,17 @@ def read_members(archive: tarfile.TarFile, where: str) -> list[tarfile.TarInfo]:
         if member.isdir():
             continue
         if not member.isreg() or path.is_absolute() or ".." in path.parts or path.name in files:
-            raise DataError(f"{where} holds {member.name!r}, which is no plain file of its own "
-                            "name: not an archive of ImageNet, nothing of it was extracted")
+            raise DataError(
+                f"{where} holds {member.name!r}, which is no plain file of its own "
+                "name: not an archive of ImageNet, nothing of it was extracted"
+            )
         member.name = path.name
         files[path.name] = member
     archive.fileobj.seek(end)
     if archive.fileobj.read(BLOCK) != bytes(BLOCK):
-        raise DataError(f"{where} is cut off or damaged after {len(files)} files: "
-                        "download or copy it again")
+        raise DataError(
+            f"{where} is cut off or damaged after {len(files)} files: download or copy it again"
+        )
     return list(files.values())
 
 
@@ -168,6 +171,8 @@ def _link(source: str, target: Path) -> None:
 
 def _not_empty(images, source: ClassSource):
     if not images:
-        raise DataError(f"{source.path} has no images of {source.split}/{source.wnid}: "
-                        "unpack or download it again")
+        raise DataError(
+            f"{source.path} has no images of {source.split}/{source.wnid}: "
+            "unpack or download it again"
+        )
     return images

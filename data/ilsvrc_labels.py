@@ -43,8 +43,10 @@ def read_val_labels(source: Path, val: Path) -> tuple[dict[str, str], list[Path]
                 labels = read(path)
                 _check(labels, path)
                 return labels, [path] if name == DEVKIT_TAR else []
-    raise DataError(f"--source {source} has no labels of the validation images: put valprep.sh, "
-                    f"LOC_val_solution.csv or {DEVKIT_TAR} into it")
+    raise DataError(
+        f"--source {source} has no labels of the validation images: put valprep.sh, "
+        f"LOC_val_solution.csv or {DEVKIT_TAR} into it"
+    )
 
 
 def _read_valprep(path: Path) -> dict[str, str]:
@@ -69,12 +71,14 @@ def _read_tiny(path: Path) -> dict[str, str]:
 def _read_devkit_tar(path: Path) -> dict[str, str]:
     try:
         with tarfile.open(path, "r:gz") as archive:
-            meta, truth = (archive.extractfile(f"{DEVKIT}/data/{name}")
-                           for name in ("meta.mat", TRUTH))
+            meta, truth = (
+                archive.extractfile(f"{DEVKIT}/data/{name}") for name in ("meta.mat", TRUTH)
+            )
             return _number(truth.read().decode(), _read_meta(meta, path), path)
     except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as the devkit ({error}): "
-                        "download it again") from error
+        raise DataError(
+            f"{path} cannot be read as the devkit ({error}): download it again"
+        ) from error
 
 
 def _read_devkit(meta: Path) -> dict[str, str]:
@@ -91,32 +95,42 @@ def _read_meta(file: BinaryIO, where: Path) -> dict[int, str]:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise DataError(f"reading meta.mat of {where} needs scipy: pip install scipy (or put "
-                        "valprep.sh or LOC_val_solution.csv beside it)") from None
+        raise DataError(
+            f"reading meta.mat of {where} needs scipy: pip install scipy (or put "
+            "valprep.sh or LOC_val_solution.csv beside it)"
+        ) from None
     try:
         synsets = loadmat(file, squeeze_me=True)["synsets"]
         columns = [synsets[name] for name in ("ILSVRC2012_ID", "WNID", "num_children")]
-        rows = [(int(number), str(wnid), int(children))
-                for number, wnid, children in zip(*columns, strict=True)]
+        rows = [
+            (int(number), str(wnid), int(children))
+            for number, wnid, children in zip(*columns, strict=True)
+        ]
     except Exception as error:  # scipy raises whatever its parser met
-        raise DataError(f"meta.mat of {where} cannot be read ({error}): "
-                        "download the devkit again") from error
+        raise DataError(
+            f"meta.mat of {where} cannot be read ({error}): download the devkit again"
+        ) from error
     return {number: wnid for number, wnid, children in rows if not children}
 
 
 def _read_truth_with_list(truth: Path, source: Path) -> dict[str, str]:
     """The ground truth with a list of synsets: line i begins with the wnid of ILSVRC2012_ID i."""
-    lists = {path: wnids for path in sorted(source.glob("*.txt"))
-             if path.name != TRUTH and (wnids := _read_synsets(path))}
+    lists = {
+        path: wnids
+        for path in sorted(source.glob("*.txt"))
+        if path.name != TRUTH and (wnids := _read_synsets(path))
+    }
     # The truth counts in the devkit's order (1 is n02119789). Nearly every list that goes around
     # is in alphabetical order and would give each image a wrong class without any error.
     usable = {path: wnids for path, wnids in lists.items() if wnids != sorted(wnids)}
     if len(usable) != 1:
         found = ", ".join(p.name for p in usable or lists) or "none"
-        raise DataError(f"{truth} needs one list of synsets in the devkit's order (not the "
-                        f"alphabet's), found: {found}; put {DEVKIT_TAR}, valprep.sh or "
-                        "LOC_val_solution.csv beside it instead")
-    wnids, = usable.values()
+        raise DataError(
+            f"{truth} needs one list of synsets in the devkit's order (not the "
+            f"alphabet's), found: {found}; put {DEVKIT_TAR}, valprep.sh or "
+            "LOC_val_solution.csv beside it instead"
+        )
+    (wnids,) = usable.values()
     return _number(truth.read_text(), dict(enumerate(wnids, 1)), truth)
 
 
@@ -133,11 +147,13 @@ def _read_synsets(path: Path) -> list[str]:
 def _number(truth: str, wnids: dict[int, str], where: Path) -> dict[str, str]:
     """Line i of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_<i as 8 digits>."""
     try:
-        return {f"ILSVRC2012_val_{i:08d}": wnids[int(line)]
-                for i, line in enumerate(truth.split(), 1)}
+        return {
+            f"ILSVRC2012_val_{i:08d}": wnids[int(line)] for i, line in enumerate(truth.split(), 1)
+        }
     except (ValueError, KeyError) as error:
-        raise DataError(f"{where}: {error} is not the number of one of the {len(wnids)} "
-                        "classes") from error
+        raise DataError(
+            f"{where}: {error} is not the number of one of the {len(wnids)} classes"
+        ) from error
 
 
 def _check(labels: dict[str, str], path: Path) -> None:

@@ -35,17 +35,23 @@ def load_imagenet(data_dir: str | Path) -> tuple[Source, Source, list[str]]:
         raise DataError(f"{root} is not packed to the end: run its tools.pack again, it goes on")
     for split in ("train", "val"):
         if not os.path.isdir(root / split):
-            raise DataError(f"{root / split} is not there: --data_dir must be a folder with train/ "
-                            "and val/, each of one folder of images a class")
+            raise DataError(
+                f"{root / split} is not there: --data_dir must be a folder with train/ "
+                "and val/, each of one folder of images a class"
+            )
     train, classes = _listing(root, "train")
     val, val_classes = _listing(root, "val")
     if val_classes != classes:
         extra = sorted(set(val_classes) - set(classes))
         missing = sorted(set(classes) - set(val_classes))
         raise DataError(
-            f"{root / 'val'} has other classes than {root / 'train'}: " + "; ".join(
+            f"{root / 'val'} has other classes than {root / 'train'}: "
+            + "; ".join(
                 f"{word} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-                for word, names in (("it lacks", missing), ("only it has", extra)) if names))
+                for word, names in (("it lacks", missing), ("only it has", extra))
+                if names
+            )
+        )
     return train, val, classes
 
 
@@ -92,10 +98,14 @@ def _write_listing(place: Path, source: ImageFiles, classes: list[str], folders:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            np.savez(file, files=source.files, labels=source.labels,
-                     classes=np.array([os.fsencode(name) for name in classes]),
-                     folders=np.array([os.fsencode(name) for name in folders]),
-                     mtimes=np.array(list(folders.values())))
+            np.savez(
+                file,
+                files=source.files,
+                labels=source.labels,
+                classes=np.array([os.fsencode(name) for name in classes]),
+                folders=np.array([os.fsencode(name) for name in folders]),
+                mtimes=np.array(list(folders.values())),
+            )
         os.replace(partial, place)
     except OSError:
         with suppress(OSError):
@@ -125,8 +135,10 @@ def list_tree(root: Path, folders: dict[str, int] | None = None) -> tuple[ImageF
         raise DataError(f"{root} has no class folders: expected {root}/<class>/<image>")
     empty = [name for name, found in zip(classes, files, strict=True) if not found]
     if empty:
-        raise DataError(f"{root / empty[0]} has no images ({len(empty)} such class folder"
-                        f"{'s' if len(empty) > 1 else ''}): fill or remove it, in train/ and val/")
+        raise DataError(
+            f"{root / empty[0]} has no images ({len(empty)} such class folder"
+            f"{'s' if len(empty) > 1 else ''}): fill or remove it, in train/ and val/"
+        )
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
     listing = np.array([os.fsencode(name) for found in files for name in found])
     return ImageFiles(root, listing, labels), classes

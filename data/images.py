@@ -135,8 +135,10 @@ def quick_look(source: ImageFiles, *, seconds: float = 5.0) -> None:
         try:
             source.look(index)
         except Exception as error:  # Pillow's plugins raise whatever their parsers met
-            raise DataError(f"{source.name(index)} cannot be read as an image, and an evaluation "
-                            "never leaves one out: restore or remove it") from error
+            raise DataError(
+                f"{source.name(index)} cannot be read as an image, and an evaluation "
+                "never leaves one out: restore or remove it"
+            ) from error
         if time.monotonic() - started > seconds:
             return
 
@@ -210,8 +212,11 @@ class EvalSet(Dataset):
         except OSError:
             image, broken = _unread(), 2
         return Sample(
-            self.transform(image), int(self.source.labels[index]), index,
-            torch.empty(0, 2, dtype=torch.int64), broken,
+            self.transform(image),
+            int(self.source.labels[index]),
+            index,
+            torch.empty(0, 2, dtype=torch.int64),
+            broken,
         )
 
 

@@ -29,9 +29,19 @@ FLUSH_BYTES = 1 << 26  # how much of a pack may be lost when the machine fails
 
 def row_type(name_bytes: int) -> np.dtype:
     """An entry in the index; `position` is where its image stood in the listing that was packed."""
-    return np.dtype([("position", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("length", "<u8"),
-                     ("crc", "<u4"), ("height", "<u4"), ("width", "<u4"), ("decoded", "?"),
-                     ("name", f"S{max(1, name_bytes)}")])
+    return np.dtype(
+        [
+            ("position", "<u4"),
+            ("label", "<i4"),
+            ("offset", "<u8"),
+            ("length", "<u8"),
+            ("crc", "<u4"),
+            ("height", "<u4"),
+            ("width", "<u4"),
+            ("decoded", "?"),
+            ("name", f"S{max(1, name_bytes)}"),
+        ]
+    )
 
 
 class PackedImages:
@@ -46,8 +56,10 @@ class PackedImages:
         again = "copy it again from where it was made, or pack again"
         try:
             if data.stat().st_size != about["data_bytes"]:
-                raise DataError(f"{data} has {data.stat().st_size:,} bytes, not "
-                                f"{about['data_bytes']:,} as packed: {again}")
+                raise DataError(
+                    f"{data} has {data.stat().st_size:,} bytes, not "
+                    f"{about['data_bytes']:,} as packed: {again}"
+                )
             if zlib.crc32(index.read_bytes()) != about["index_crc"]:
                 raise DataError(f"{index} is damaged (its checksum differs): {again}")
             self.rows = np.load(index, mmap_mode="r", allow_pickle=False)
@@ -57,8 +69,9 @@ class PackedImages:
         except DataError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.root}: the packed {split} images cannot be opened ({error}): "
-                            f"{again}") from error
+            raise DataError(
+                f"{self.root}: the packed {split} images cannot be opened ({error}): {again}"
+            ) from error
         self.labels = self.rows["label"].astype(np.int64)
 
     def __reduce__(self):  # a worker that was not forked opens the files itself
@@ -103,8 +116,10 @@ def read_about(root: Path) -> dict:
     try:
         about = json.loads(path.read_text())
         if about["format"] != FORMAT:
-            raise DataError(f"{path} is of format {about['format']}, this program reads {FORMAT}: "
-                            "pack again with it")
+            raise DataError(
+                f"{path} is of format {about['format']}, this program reads {FORMAT}: "
+                "pack again with it"
+            )
         if not isinstance(about["classes"], list) or not isinstance(about["splits"], dict):
             raise TypeError("classes and splits wanted")
     except DataError:
@@ -145,8 +160,10 @@ class Packing:
             raise DataError(f"{root / BEGUN} cannot be read ({error}): empty the folder") from error
         if begun is not None and begun != self.settings:
             differ = ", ".join(k for k in self.settings if begun.get(k) != self.settings[k])
-            raise DataError(f"{root} holds a pack that was begun otherwise ({differ}): give the "
-                            "same data and flags, or another folder")
+            raise DataError(
+                f"{root} holds a pack that was begun otherwise ({differ}): give the "
+                "same data and flags, or another folder"
+            )
 
     def writer(self, split: str, names: np.ndarray, labels: np.ndarray) -> "PackWriter":
         self.writers[split] = PackWriter(self.root, split, names, labels)
@@ -154,8 +171,9 @@ class Packing:
 
     def finish(self, classes: list[str], **more) -> None:
         splits = {split: writer.finish() for split, writer in self.writers.items()}
-        write_json(self.root / ABOUT, {**self.settings, **more, "classes": classes,
-                                       "splits": splits})
+        write_json(
+            self.root / ABOUT, {**self.settings, **more, "classes": classes, "splits": splits}
+        )
         for file in [BEGUN, *(f"{split}.rows" for split in splits)]:
             (self.root / file).unlink()
 
@@ -189,8 +207,19 @@ class PackWriter:
         """Append the image at `position` of the listing: a file's bytes, or pixels H × W × 3."""
         entry = memoryview(entry).cast("B")
         self.data.write(entry)
-        self.fresh.append((position, self.labels[position], self.end, len(entry),
-                           zlib.crc32(entry), height, width, decoded, self.names[position]))
+        self.fresh.append(
+            (
+                position,
+                self.labels[position],
+                self.end,
+                len(entry),
+                zlib.crc32(entry),
+                height,
+                width,
+                decoded,
+                self.names[position],
+            )
+        )
         self.end += len(entry)
         if self.end - self.flushed > FLUSH_BYTES:
             self.flush()
@@ -211,8 +240,11 @@ class PackWriter:
         rows = rows[np.argsort(rows["position"], kind="stable")]
         index = self.root / f"{self.split}.npy"
         np.save(index, rows, allow_pickle=False)
-        return {"images": len(rows), "data_bytes": self.end,
-                "index_crc": zlib.crc32(index.read_bytes())}
+        return {
+            "images": len(rows),
+            "data_bytes": self.end,
+            "index_crc": zlib.crc32(index.read_bytes()),
+        }
 
     def close(self) -> None:
         self.data.close()
@@ -229,9 +261,15 @@ class _Made(Dataset):
 
 def made(make: Callable[[int], object], positions: np.ndarray, *, workers: int, **options):
     """Yield make(position) for each position, in order, made ahead by worker processes."""
-    loader = DataLoader(_Made(make), sampler=positions.tolist(), batch_size=None,
-                        num_workers=min(workers, len(positions)), generator=torch.Generator(),
-                        collate_fn=_same, **options)
+    loader = DataLoader(
+        _Made(make),
+        sampler=positions.tolist(),
+        batch_size=None,
+        num_workers=min(workers, len(positions)),
+        generator=torch.Generator(),
+        collate_fn=_same,
+        **options,
+    )
     return zip(positions.tolist(), loader, strict=True)
 
 
@@ -255,5 +293,7 @@ def check_room(root: Path, needed: float) -> None:
     """Raise DataError unless `needed` bytes are free where `root` lies."""
     free = shutil.disk_usage(root).free
     if needed > free:
-        raise DataError(f"{root} needs about {needed / 1e9:.1f} GB more and has "
-                        f"{free / 1e9:.1f} GB free: make room, or give a folder elsewhere")
+        raise DataError(
+            f"{root} needs about {needed / 1e9:.1f} GB more and has "
+            f"{free / 1e9:.1f} GB free: make room, or give a folder elsewhere"
+        )

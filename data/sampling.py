@@ -58,8 +58,15 @@ class StepSampler(Sampler[list[tuple[int, ...]]]):
     """
 
     def __init__(
-        self, images: int, *, seed: int, micro_batch: int, micro_batches: int,
-        rank: int = 0, world: int = 1, repeats: int = 1,
+        self,
+        images: int,
+        *,
+        seed: int,
+        micro_batch: int,
+        micro_batches: int,
+        rank: int = 0,
+        world: int = 1,
+        repeats: int = 1,
     ):
         if micro_batches % world:
             raise ValueError(f"{micro_batches} micro-batches a step cannot be shared by {world}")

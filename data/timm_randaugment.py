@@ -23,9 +23,13 @@ class TimmRandAugment:
         except ImportError as error:
             raise DataError(f"RandAugment {name} is timm's ({error}): pip install timm") from error
         # What timm's own transforms_imagenet_train passes on for a crop of `size`.
-        self.theirs = rand_augment_transform(name, {
-            "translate_const": int(size * 0.45),
-            "img_mean": tuple(min(255, round(255 * value)) for value in mean)})
+        self.theirs = rand_augment_transform(
+            name,
+            {
+                "translate_const": int(size * 0.45),
+                "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+            },
+        )
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         before = random.getstate(), np.random.get_state()

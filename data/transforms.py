@@ -26,8 +26,14 @@ class TrainTransform:
     `then` is what is done to the crop on the spot.
     """
 
-    def __init__(self, size: int, *, scale: tuple[float, float] = (0.08, 1.0), num_ops: int = 2,
-                 then: Callable[[torch.Tensor], torch.Tensor] | None = None):
+    def __init__(
+        self,
+        size: int,
+        *,
+        scale: tuple[float, float] = (0.08, 1.0),
+        num_ops: int = 2,
+        then: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
         self.crop = v2.RandomResizedCrop(size, scale=scale, interpolation=_BICUBIC)
         self.num_ops, self.then = num_ops, then
 
@@ -136,8 +142,12 @@ class RandAugment(v2.RandAugment):
     def _theirs(self, images: torch.Tensor, op: int, negated: int) -> torch.Tensor:
         magnitude = self._magnitude(op, *images.shape[-2:])
         return self._apply_image_or_video_transform(
-            images, self.OPS[op], -magnitude if negated else magnitude,
-            interpolation=self.interpolation, fill=self._fill)
+            images,
+            self.OPS[op],
+            -magnitude if negated else magnitude,
+            interpolation=self.interpolation,
+            fill=self._fill,
+        )
 
     def _magnitude(self, op: int, height: int, width: int) -> float:
         magnitudes, _ = self._AUGMENTATION_SPACE[self.OPS[op]]
@@ -169,12 +179,20 @@ class Augment:
     """
 
     def __init__(
-        self, num_classes: int, *, seed: int, magnitude: int, mixup: float, cutmix: float,
+        self,
+        num_classes: int,
+        *,
+        seed: int,
+        magnitude: int,
+        mixup: float,
+        cutmix: float,
     ):
         self.seed = seed
         self.randaugment = RandAugment(magnitude=magnitude)
-        self.mixes = (v2.MixUp(alpha=mixup, num_classes=num_classes),
-                      v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        self.mixes = (
+            v2.MixUp(alpha=mixup, num_classes=num_classes),
+            v2.CutMix(alpha=cutmix, num_classes=num_classes),
+        )
 
     def __call__(self, images, labels, draws, *, step: int, micro: int):
         images = normalise(self.randaugment(images, draws))
@@ -196,5 +214,6 @@ def make_augmentation(
     else:
         num_ops, magnitude = recipe["randaugment"]
     transform = TrainTransform(size, scale=tuple(recipe["crop_scale"]), num_ops=num_ops, then=then)
-    return transform, Augment(num_classes, seed=seed, magnitude=magnitude, mixup=recipe["mixup"],
-                              cutmix=recipe["cutmix"])
+    return transform, Augment(
+        num_classes, seed=seed, magnitude=magnitude, mixup=recipe["mixup"], cutmix=recipe["cutmix"]
+    )

@@ -159,8 +159,9 @@ def start_process(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
     env = {**os.environ, **environment, "TWISTNET_LAUNCHER": str(os.getpid())}
     with open(cell.folder / OUTPUT, "a") as output:
         print("$", shlex.join(cell.command), file=output, flush=True)
-        return subprocess.Popen(cell.command, env=env, stdin=subprocess.DEVNULL, stdout=output,
-                                stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            cell.command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
 
 
 def in_use(folder: Path) -> bool:
@@ -192,8 +193,14 @@ class Line:
     """
 
     def __init__(self, total: int, results: list[dict], failed: int):
-        self.bar = tqdm(total=total, initial=len(results), unit="run", disable=None, smoothing=0,
-                        dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total,
+            initial=len(results),
+            unit="run",
+            disable=None,
+            smoothing=0,
+            dynamic_ncols=True,
+        )
         self.total, self.done, self.failed = total, len(results), failed
         self.accuracies: dict[str, list[float]] = {}
         for each in results:
@@ -208,8 +215,10 @@ class Line:
         self._count(results)
         self.done += 1
         self.bar.update()
-        self.say(f"[{self.done}/{self.total}] {name}: val_acc {results['val_acc']:.1f}, test_acc "
-                 f"{results['test_acc']:.1f}, {results['seconds']:.0f} s")
+        self.say(
+            f"[{self.done}/{self.total}] {name}: val_acc {results['val_acc']:.1f}, test_acc "
+            f"{results['test_acc']:.1f}, {results['seconds']:.0f} s"
+        )
 
     def say(self, text: str) -> None:
         self.bar.write(text)
@@ -221,8 +230,7 @@ class Line:
             return
         self.shown = time.monotonic()
         means = [f"{model} {sum(each) / len(each):.1f}" for model, each in self.accuracies.items()]
-        self.bar.set_postfix_str(", ".join(
-            [f"{running} running", f"{self.failed} failed", *means]))
+        self.bar.set_postfix_str(", ".join([f"{running} running", f"{self.failed} failed", *means]))
 
     def close(self) -> None:
         self.bar.close()

@@ -51,8 +51,10 @@ class CellJob:
                 # count as failed, and Slurm would not queue it again.
                 time.sleep(LAST_WAIT)
             elif self.cell.failures or code == EXIT_USAGE:
-                raise SweepError(f"{self.cell.name} failed with exit code {code}; its output ends "
-                                 f"with\n{tail(self.cell.folder)}")
+                raise SweepError(
+                    f"{self.cell.name} failed with exit code {code}; its output ends "
+                    f"with\n{tail(self.cell.folder)}"
+                )
             else:
                 self.cell.failures += 1
 
@@ -62,6 +64,7 @@ class CellJob:
         Not `child.wait()`: that may be what the signal interrupted, and its lock is not reentrant.
         """
         from submitit.helpers import DelayedSubmission
+
         child = self.child
         if child:
             with contextlib.suppress(ProcessLookupError):

@@ -77,15 +77,25 @@ def start(folder: Path) -> dict[str, str]:
         (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
     host = socket.gethostname().split(".")[0]
     ctld_port, d_port = free_ports(2)
-    (folder / "slurm.conf").write_text(CONFIG.format(
-        folder=folder, host=host, user=getpass.getuser(), ctld_port=ctld_port, d_port=d_port))
+    (folder / "slurm.conf").write_text(
+        CONFIG.format(
+            folder=folder, host=host, user=getpass.getuser(), ctld_port=ctld_port, d_port=d_port
+        )
+    )
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     env = {"SLURM_CONF": str(folder / "slurm.conf")}
     try:
-        launch(folder, env, "munged", "--foreground", "--force", f"--socket={folder}/munge.sock",
-               *(f"--{name}-file={folder}/munge.{name}" for name in ("key", "seed", "pid")))
+        launch(
+            folder,
+            env,
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={folder}/munge.sock",
+            *(f"--{name}-file={folder}/munge.{name}" for name in ("key", "seed", "pid")),
+        )
         wait_for((folder / "munge.sock").exists, folder, "munged")
         launch(folder, env, "slurmctld", "-D", "-i")
         launch(folder, env, "slurmd", "-D", "-N", host)
@@ -99,9 +109,15 @@ def start(folder: Path) -> dict[str, str]:
 def launch(folder: Path, env: dict[str, str], name: str, *arguments: str) -> None:
     """Start a daemon in a session of its own and note its process."""
     with open(folder / f"{name}.out", "w") as output:
-        child = subprocess.Popen([find(name), *arguments], env={**os.environ, **env}, cwd=folder,
-                                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                 start_new_session=True)
+        child = subprocess.Popen(
+            [find(name), *arguments],
+            env={**os.environ, **env},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     (folder / f"{name}.process").write_text(str(child.pid))
 
 
@@ -140,8 +156,9 @@ def is_running(folder: Path, name: str) -> int | None:
 def ask(env: dict[str, str], *command: str) -> str:
     """What a Slurm command prints, or nothing where it fails."""
     try:
-        return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True,
-                              timeout=20).stdout.strip()
+        return subprocess.run(
+            command, env={**os.environ, **env}, capture_output=True, text=True, timeout=20
+        ).stdout.strip()
     except subprocess.TimeoutExpired:
         return ""
 

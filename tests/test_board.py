@@ -10,17 +10,22 @@ from data.synthetic import write_dtd, write_imagenet_tree
 from training import RunError
 from training.board import Board
 
-ROWS = [{"epoch": 1, "lr": 0.5, "val_top1": 20.0, "gates": [0.25, 0.125]},
-        {"epoch": 2, "lr": 0.25, "val_top1": 30.0, "gates": [0.5, 0.75]}]
+ROWS = [
+    {"epoch": 1, "lr": 0.5, "val_top1": 20.0, "gates": [0.25, 0.125]},
+    {"epoch": 2, "lr": 0.25, "val_top1": 30.0, "gates": [0.5, 0.75]},
+]
 
 
 def shown(folder):
     accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
-    return {name: [(event.step, event.value) for event in events.Scalars(name)]
-            for name in events.Tags()["scalars"]}
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
 
 
 def test_rows_are_scalars_by_epoch_and_a_resume_shows_none_twice(tmp_path):
@@ -30,8 +35,12 @@ def test_rows_are_scalars_by_epoch_and_a_resume_shows_none_twice(tmp_path):
     board([])
     board(ROWS[:1])
     board(ROWS)
-    expected = {"lr": [(1, 0.5), (2, 0.25)], "val_top1": [(1, 20.0), (2, 30.0)],
-                "gates/0": [(1, 0.25), (2, 0.5)], "gates/1": [(1, 0.125), (2, 0.75)]}
+    expected = {
+        "lr": [(1, 0.5), (2, 0.25)],
+        "val_top1": [(1, 20.0), (2, 30.0)],
+        "gates/0": [(1, 0.25), (2, 0.5)],
+        "gates/1": [(1, 0.125), (2, 0.75)],
+    }
     assert shown(tmp_path) == expected
     resumed = Board(tmp_path)
     resumed(ROWS[:1])
@@ -55,10 +64,22 @@ def test_both_scripts_write_one_beside_their_log(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.chdir(tmp_path)
-    flags = ["--tensorboard", "--model", "resnet18", "--epochs", "1", "--img_size", "32",
-             "--batch_size", "4", "--workers", "0"]
-    write_imagenet_tree(tmp_path / "tree", train_per_class=4, val_per_class=2, size=40, seed=0,
-                        num_classes=2)
+    flags = [
+        "--tensorboard",
+        "--model",
+        "resnet18",
+        "--epochs",
+        "1",
+        "--img_size",
+        "32",
+        "--batch_size",
+        "4",
+        "--workers",
+        "0",
+    ]
+    write_imagenet_tree(
+        tmp_path / "tree", train_per_class=4, val_per_class=2, size=40, seed=0, num_classes=2
+    )
     pretrain_imagenet.main(["--data_dir", "tree", *flags])
     write_dtd(tmp_path / "dtd", images_per_class=6, folds=1, size=40, seed=0, num_classes=2)
     train.main(["--data_dir", "dtd", "--pretrained", "none", "--no_cache", *flags])

@@ -75,6 +75,7 @@ def test_pixels_samples_and_listing_are_those_of_the_files(root, workers, capsys
 def forbid_reading(monkeypatch):
     def read(self, index):
         raise AssertionError(f"{self.path(index)} was decoded again")
+
     monkeypatch.setattr(cache.ImageFiles, "read", read)
     monkeypatch.setattr(cache.ImageFiles, "look", read)
 
@@ -129,6 +130,7 @@ def test_where_nothing_can_be_written_the_files_are_read_and_one_line_says_so(ro
 def test_no_room_on_disk_or_in_memory_is_one_line_and_leaves_nothing(root, monkeypatch, capsys):
     def no_room(place, needed):
         raise cache.DataError(f"{place} has no room")
+
     monkeypatch.setattr(cache, "check_room", no_room)
     assert not isinstance(cached(root).train, DecodedFiles)
     assert capsys.readouterr().out.count("\n") == 1 and kept(root) == []
@@ -141,6 +143,7 @@ def test_no_room_on_disk_or_in_memory_is_one_line_and_leaves_nothing(root, monke
 def test_a_full_disk_midway_is_one_line(root, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("data.packed.PackWriter.flush", full)
     assert not isinstance(cached(root).train, DecodedFiles)
     assert "No space left on device" in capsys.readouterr().out and kept(root) == []
@@ -149,11 +152,18 @@ def test_a_full_disk_midway_is_one_line(root, monkeypatch, capsys):
 def test_broken_images_are_as_broken_as_without_the_cache(root):
     (root / "a" / "02.jpg").write_bytes(b"no image")
     splits = cached(root)
-    broken = [part.name(i) for part in (splits.train, splits.val, splits.test)
-              for i in range(len(part)) if part.rows[i] < 0]
+    broken = [
+        part.name(i)
+        for part in (splits.train, splits.val, splits.test)
+        for i in range(len(part))
+        if part.rows[i] < 0
+    ]
     assert broken == [str(root / "a" / "02.jpg")]
-    part, at = next((p, int(p.rows.argmin())) for p in (splits.train, splits.val, splits.test)
-                    if (p.rows < 0).any())
+    part, at = next(
+        (p, int(p.rows.argmin()))
+        for p in (splits.train, splits.val, splits.test)
+        if (p.rows < 0).any()
+    )
     with pytest.raises(OSError, match="02.jpg cannot be read"):
         part.read(at)
     with pytest.raises(OSError):
@@ -184,13 +194,22 @@ def test_a_stopped_build_reads_files_and_the_next_goes_on(root, monkeypatch, cap
 
 
 def test_processes_of_a_sweep_make_it_once(root):
-    script = ("import sys; from pathlib import Path; from data.cache import decoded\n"
-              "from data.splits import stratified_splits\n"
-              "s = decoded(stratified_splits(Path(sys.argv[1]), 1), workers=0)\n"
-              "print(type(s.train).__name__, (s.train.rows >= 0).all())")
+    script = (
+        "import sys; from pathlib import Path; from data.cache import decoded\n"
+        "from data.splits import stratified_splits\n"
+        "s = decoded(stratified_splits(Path(sys.argv[1]), 1), workers=0)\n"
+        "print(type(s.train).__name__, (s.train.rows >= 0).all())"
+    )
     with held(next(p / cache._key(everything(root)) for p in cache_folders(root))):
-        processes = [subprocess.Popen([sys.executable, "-c", script, str(root)], cwd=ROOT,
-                                      text=True, stdout=subprocess.PIPE) for _ in range(2)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, str(root)],
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+            )
+            for _ in range(2)
+        ]
         assert "waiting for the process" in processes[0].stdout.readline()
     out = [process.communicate()[0] for process in processes]
     assert all("DecodedFiles True" in text for text in out)
@@ -210,8 +229,14 @@ def everything(root):
 def tree(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr(imagenet, "KEPT_FROM", 1)
-    for file in ("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/3.jpg", "val/a/4.jpg",
-                 "val/b/5.jpg", "train/b/empty/note.txt"):
+    for file in (
+        "train/a/1.jpg",
+        "train/a/deep/2.jpg",
+        "train/b/3.jpg",
+        "val/a/4.jpg",
+        "val/b/5.jpg",
+        "train/b/empty/note.txt",
+    ):
         (tmp_path / "tree" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree" / file).touch()
     settle(tmp_path / "tree")
@@ -240,8 +265,7 @@ def test_a_second_start_lists_no_folder(tree, monkeypatch):
     first = listing(tree)
     scans = count_scans(monkeypatch)
     assert listing(tree) == first and not scans
-    assert {p.name for p in (tree / FOLDER).iterdir()} == {
-        "train_listing.npz", "val_listing.npz"}
+    assert {p.name for p in (tree / FOLDER).iterdir()} == {"train_listing.npz", "val_listing.npz"}
 
 
 CHANGES = {
@@ -301,5 +325,6 @@ def test_workers_need_not_be_forked(root, monkeypatch):
     def made(make, positions, *, workers):
         sent.append(pickle.dumps(make))
         return zip(positions.tolist(), map(pickle.loads(sent[0]), positions.tolist()), strict=True)
+
     monkeypatch.setattr(cache, "made", made)
     assert same(images(cached(root)), images(load(root))) and sent

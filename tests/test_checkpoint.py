@@ -27,11 +27,18 @@ from training.checkpoint import (
 
 def state(step, size=300):
     weights = torch.full((size,), float(step))
-    return {"model": {"w": weights, "n": torch.tensor(step)},
-            "optimizer": {"state": {0: {"momentum_buffer": weights + 1}}, "param_groups": []},
-            "scaler": {}, "step": step, "sums": [[1.5, 2.0]], "clock": [0.0, 0.0],
-            "rows": [{"epoch": 1, "val_top1": 50.0}], "config": {"lr": 0.1, "name": "x"},
-            "classes": ["a", "é"], "images": 12}
+    return {
+        "model": {"w": weights, "n": torch.tensor(step)},
+        "optimizer": {"state": {0: {"momentum_buffer": weights + 1}}, "param_groups": []},
+        "scaler": {},
+        "step": step,
+        "sums": [[1.5, 2.0]],
+        "clock": [0.0, 0.0],
+        "rows": [{"epoch": 1, "val_top1": 50.0}],
+        "config": {"lr": 0.1, "name": "x"},
+        "classes": ["a", "é"],
+        "images": 12,
+    }
 
 
 def same(a, b):
@@ -82,14 +89,16 @@ def test_the_latest_its_predecessor_and_the_best_are_kept(saved):
 def test_a_folder_without_hard_links_gets_copies(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(errno.EPERM, "no links here")
+
     monkeypatch.setattr(os, "link", refuse)
     for step in (1, 2):
         assert Checkpoints(tmp_path).save(state(step), best=step == 1) is None
     assert [step_of(tmp_path / name)[0] for name in (LATEST, PREVIOUS, BEST)] == [2, 1, 1]
 
 
-@pytest.mark.parametrize("spoil", [damage, cut, lambda path: path.write_bytes(b""),
-                                   lambda path: path.unlink()])
+@pytest.mark.parametrize(
+    "spoil", [damage, cut, lambda path: path.write_bytes(b""), lambda path: path.unlink()]
+)
 def test_a_bad_latest_falls_back_to_its_predecessor_with_one_line(saved, spoil):
     spoil(saved / LATEST)
     step, line = step_of(saved / LATEST)
@@ -204,6 +213,7 @@ def test_a_save_that_fails_at_its_last_step_leaves_nothing_behind(saved, monkeyp
         if os.path.basename(target) == LATEST:
             raise OSError(errno.EIO, "Input/output error")
         return replace(source, target)
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", refuse)
         assert "Input/output error" in Checkpoints(saved).save(state(4), best=False)
@@ -235,6 +245,7 @@ def test_a_process_killed_at_any_point_of_a_save_leaves_a_whole_latest(saved, mo
             if calls[0] > call:  # from here on nothing is done any more
                 raise Killed
             return function(*args, **kwargs)
+
         return wrapper
 
     finished = True
@@ -267,11 +278,14 @@ class Code:
         return open, (self.target, "w")
 
 
-@pytest.mark.parametrize("write", [
-    lambda path, value: torch.save(value, path),
-    lambda path, value: torch.save(value, path, _use_new_zipfile_serialization=False),
-    lambda path, value: path.write_bytes(pickle.dumps(value)),
-])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path, value: torch.save(value, path),
+        lambda path, value: torch.save(value, path, _use_new_zipfile_serialization=False),
+        lambda path, value: path.write_bytes(pickle.dumps(value)),
+    ],
+)
 @pytest.mark.parametrize("name", [LATEST, "x.pt"])
 def test_files_that_carry_code_are_refused_and_run_nothing(tmp_path, write, name):
     target = tmp_path / "written"
@@ -289,10 +303,15 @@ def test_code_in_latest_is_no_damage_to_fall_back_from(saved):
     assert not (saved / "written").exists()
 
 
-@pytest.mark.parametrize("value", [
-    {"conv1.weight": torch.ones(3)}, [1, 2], torch.ones(2),
-    {k: v for k, v in state(1).items() if k != "optimizer"},
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"conv1.weight": torch.ones(3)},
+        [1, 2],
+        torch.ones(2),
+        {k: v for k, v in state(1).items() if k != "optimizer"},
+    ],
+)
 def test_weights_are_no_checkpoint(tmp_path, value):
     torch.save(value, tmp_path / "w.pt")
     with pytest.raises(RunError, match="a weights file cannot be resumed"):
@@ -303,8 +322,10 @@ def test_weights_are_no_checkpoint(tmp_path, value):
 def test_a_pickle_that_makes_no_sense_is_one_line_too(tmp_path, content):
     """A well-formed archive around it, with right checksums."""
     torch.save(state(1), tmp_path / "good.pt")
-    with zipfile.ZipFile(tmp_path / "good.pt") as old, zipfile.ZipFile(
-            tmp_path / "bad.pt", "w") as new:
+    with (
+        zipfile.ZipFile(tmp_path / "good.pt") as old,
+        zipfile.ZipFile(tmp_path / "bad.pt", "w") as new,
+    ):
         for info in old.infolist():
             data = content if info.filename.endswith("data.pkl") else old.read(info)
             new.writestr(info.filename, data)
@@ -319,14 +340,22 @@ def test_an_archive_of_something_else_is_refused(tmp_path):
         load_checkpoint(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize(("value", "expected"), [
-    ({"a": torch.ones(2), "b": {"c": [torch.ones(1), torch.tensor([1.0, float("nan")])]}}, "b.c.1"),
-    ({"a": torch.tensor(float("inf"))}, "a"),
-    ({"a": (torch.tensor(-float("inf")),), "b": torch.tensor(float("nan"))}, "a.0"),
-    ({0: {"momentum_buffer": torch.full((2, 2), float("nan"), dtype=torch.bfloat16)}},
-     "0.momentum_buffer"),
-    ({"a": torch.ones(3), "n": torch.tensor(7), "t": "nan", "f": None, "l": []}, None),
-    (state(1), None),
-])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (
+            {"a": torch.ones(2), "b": {"c": [torch.ones(1), torch.tensor([1.0, float("nan")])]}},
+            "b.c.1",
+        ),
+        ({"a": torch.tensor(float("inf"))}, "a"),
+        ({"a": (torch.tensor(-float("inf")),), "b": torch.tensor(float("nan"))}, "a.0"),
+        (
+            {0: {"momentum_buffer": torch.full((2, 2), float("nan"), dtype=torch.bfloat16)}},
+            "0.momentum_buffer",
+        ),
+        ({"a": torch.ones(3), "n": torch.tensor(7), "t": "nan", "f": None, "l": []}, None),
+        (state(1), None),
+    ],
+)
 def test_first_nonfinite(value, expected):
     assert first_nonfinite(value) == expected

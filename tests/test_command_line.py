@@ -26,12 +26,15 @@ def parser():
     return parser
 
 
-@pytest.mark.parametrize("words", [
-    ["--data_dir", "a-b_c", "--batch_size", "8"],
-    ["--data-dir", "a-b_c", "--batch-size", "8"],
-    ["--data-dir=a-b_c", "--batch_size=8"],
-    ["--data_dir=a-b_c", "--batch-size=8"],
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data_dir", "a-b_c", "--batch_size", "8"],
+        ["--data-dir", "a-b_c", "--batch-size", "8"],
+        ["--data-dir=a-b_c", "--batch_size=8"],
+        ["--data_dir=a-b_c", "--batch-size=8"],
+    ],
+)
 def test_both_spellings_and_values_untouched(parser, words):
     args = parser.parse_args(words)
     assert (args.data_dir, args.batch_size, args.lr) == (Path("a-b_c"), 8, 0.1)
@@ -44,33 +47,41 @@ def test_the_command_line_of_the_process_is_the_default(parser, monkeypatch):
     assert parser.given() == {"amp", "batch_size"}
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    ([], None), (["--amp"], True), (["--no_amp"], False), (["--no-amp"], False)])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [([], None), (["--amp"], True), (["--no_amp"], False), (["--no-amp"], False)],
+)
 def test_amp_is_asked_for_or_refused_or_neither(parser, words, expected):
     assert parser.parse_args(words).amp is expected
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    ([], set()),
-    (["--batch-size", "32"], {"batch_size"}),  # its default, given all the same
-    (["--overwrite", "--no-amp"], {"overwrite", "amp"}),
-    (["--data_dir=x", "--resume", "y"], {"data_dir", "resume"}),
-])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], set()),
+        (["--batch-size", "32"], {"batch_size"}),  # its default, given all the same
+        (["--overwrite", "--no-amp"], {"overwrite", "amp"}),
+        (["--data_dir=x", "--resume", "y"], {"data_dir", "resume"}),
+    ],
+)
 def test_given_names_what_the_command_line_says(parser, words, expected):
     assert parser.given(words) == expected
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--batch_size", "0"], "--batch_size: '0' is not an integer of at least 1"),
-    (["--batch-size", "1.5"], "'1.5' is not an integer of at least 1"),
-    (["--lr", "nan"], "'nan' is not a number of at least 0"),
-    (["--lr", "inf"], "'inf' is not a number"),
-    (["--lr", "-1"], "'-1' is not a number"),
-    (["--lr", "fast"], "'fast' is not a number"),
-    (["--batch", "4"], "unrecognized arguments: --batch 4"),  # no guessing by abbreviation
-    (["--lr"], "expected one argument"),
-    (["stray"], "unrecognized arguments: stray"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch_size", "0"], "--batch_size: '0' is not an integer of at least 1"),
+        (["--batch-size", "1.5"], "'1.5' is not an integer of at least 1"),
+        (["--lr", "nan"], "'nan' is not a number of at least 0"),
+        (["--lr", "inf"], "'inf' is not a number"),
+        (["--lr", "-1"], "'-1' is not a number"),
+        (["--lr", "fast"], "'fast' is not a number"),
+        (["--batch", "4"], "unrecognized arguments: --batch 4"),  # no guessing by abbreviation
+        (["--lr"], "expected one argument"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
 def test_bad_flags_are_usage_errors_of_one_line(parser, words, message):
     with pytest.raises(UsageError) as caught:
         parser.parse_args(words)
@@ -114,17 +125,23 @@ def outcome(error, capsys, *usage_errors):
     return caught.value.code, err
 
 
-@pytest.mark.parametrize(("error", "code", "line"), [
-    (None, 0, ""),
-    (RunError("no such\n file"), 2, "error: no such file\n"),
-    (UsageError("bad flag"), 2, "error: bad flag\n"),
-    (OwnError("bad data"), 2, "error: bad data\n"),
-    (Diverged("the loss is not finite"), 1, "error: the loss is not finite\n"),
-    (Preempted("preempted, go on"), 75, "preempted, go on\n"),
-    (OSError(28, "No space left on device", "results.json"), 1,
-     "error: [Errno 28] No space left on device: 'results.json'\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n"),
-])
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 0, ""),
+        (RunError("no such\n file"), 2, "error: no such file\n"),
+        (UsageError("bad flag"), 2, "error: bad flag\n"),
+        (OwnError("bad data"), 2, "error: bad data\n"),
+        (Diverged("the loss is not finite"), 1, "error: the loss is not finite\n"),
+        (Preempted("preempted, go on"), 75, "preempted, go on\n"),
+        (
+            OSError(28, "No space left on device", "results.json"),
+            1,
+            "error: [Errno 28] No space left on device: 'results.json'\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
 def test_exit_codes_and_their_one_line(capsys, error, code, line):
     assert outcome(error, capsys, OwnError) == (code, line)
 
@@ -138,6 +155,7 @@ def test_out_of_memory_names_the_flag(capsys):
 def test_a_bug_keeps_its_traceback():
     def main():
         raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
         run(main)
     with pytest.raises(OwnError):  # nor is an error of a package that the script did not name
@@ -156,8 +174,15 @@ def test_other_ranks_wait_before_they_speak(capsys, monkeypatch):
 
 
 def test_a_reader_that_leaves_is_no_traceback():
-    code = ("from training.command_line import run\n"
-            "run(lambda: [print('x' * 1000, flush=True) for _ in range(1000)])")
-    done = subprocess.run(f"{sys.executable} -c \"{code}\" | head -n 1", shell=True, text=True,
-                          cwd=Path(__file__).parent.parent, capture_output=True)
+    code = (
+        "from training.command_line import run\n"
+        "run(lambda: [print('x' * 1000, flush=True) for _ in range(1000)])"
+    )
+    done = subprocess.run(
+        f'{sys.executable} -c "{code}" | head -n 1',
+        shell=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+    )
     assert done.stdout == "x" * 1000 + "\n" and done.stderr == ""

@@ -17,16 +17,25 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 def tiny(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
 
 
 def sample(seed, count=6, size=8, broken=0):
     generator = torch.Generator().manual_seed(seed)
-    return Sample(torch.randint(256, (count, 3, size, size), dtype=torch.uint8,
-                                generator=generator),
-                  torch.arange(count) % 3, torch.arange(count),
-                  torch.zeros(count, 0, 2, dtype=torch.int64), torch.full((count,), broken))
+    return Sample(
+        torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator),
+        torch.arange(count) % 3,
+        torch.arange(count),
+        torch.zeros(count, 0, 2, dtype=torch.int64),
+        torch.full((count,), broken),
+    )
 
 
 def mix(images, labels, draws=None, *, step=0, micro=0):
@@ -49,8 +58,10 @@ def flat(model):
 
 
 def same_state(a, b):
-    return all(torch.equal(x, y) for x, y in
-               zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def plain_step(model, optimizer, batches, *, step, lr, smoothing=0.1, clip=None):
@@ -148,17 +159,26 @@ def test_bf16_autocast_keeps_float32_weights_near_those_of_float32():
     torch.testing.assert_close(low, full, rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize(("amp", "has", "expected"), [
-    (None, {}, "fp32"), (None, {"avx512_f": True, "avx512_bf16": False}, "fp32"),
-    (None, {"avx512_bf16": True}, "bf16"), (None, {"amx_bf16": True}, "bf16"),
-    (False, {"avx512_bf16": True}, "fp32"), (True, {}, "bf16")])
+@pytest.mark.parametrize(
+    ("amp", "has", "expected"),
+    [
+        (None, {}, "fp32"),
+        (None, {"avx512_f": True, "avx512_bf16": False}, "fp32"),
+        (None, {"avx512_bf16": True}, "bf16"),
+        (None, {"amx_bf16": True}, "bf16"),
+        (False, {"avx512_bf16": True}, "fp32"),
+        (True, {}, "bf16"),
+    ],
+)
 def test_precision_on_a_cpu(monkeypatch, amp, has, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert choose_precision(torch.device("cpu"), amp) == expected
 
 
-@pytest.mark.parametrize(("amp", "bf16", "expected"), [
-    (None, True, "bf16"), (None, False, "fp16"), (True, False, "fp16"), (False, True, "fp32")])
+@pytest.mark.parametrize(
+    ("amp", "bf16", "expected"),
+    [(None, True, "bf16"), (None, False, "fp16"), (True, False, "fp16"), (False, True, "fp32")],
+)
 def test_precision_with_cuda(monkeypatch, amp, bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
     assert choose_precision(torch.device("cuda"), amp) == expected
@@ -177,13 +197,24 @@ def scored(rows, *, classes, batch=4, rounds=None, broken=(), between=lambda: No
     for first in range(0, len(rows), batch):
         part = range(first, min(first + batch, len(rows)))
         logits = torch.tensor([rows[i][0] for i in part], dtype=torch.uint8)
-        batches.append(Sample(
-            logits.view(len(part), classes, 1, 1), torch.tensor([rows[i][1] for i in part]),
-            torch.tensor(part), torch.empty(len(part), 0, 2),
-            torch.tensor([2 * (i in broken) for i in part])))
+        batches.append(
+            Sample(
+                logits.view(len(part), classes, 1, 1),
+                torch.tensor([rows[i][1] for i in part]),
+                torch.tensor(part),
+                torch.empty(len(part), 0, 2),
+                torch.tensor([2 * (i in broken) for i in part]),
+            )
+        )
     before = copy.deepcopy(model.state_dict())
-    result = evaluate(trainer, batches, torch.Tensor.float, rounds=rounds or len(batches),
-                      name_of=lambda i: f"file{i}", between=between)
+    result = evaluate(
+        trainer,
+        batches,
+        torch.Tensor.float,
+        rounds=rounds or len(batches),
+        name_of=lambda i: f"file{i}",
+        between=between,
+    )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     return result
 
@@ -206,14 +237,18 @@ def test_counts_and_loss_by_hand():
     expected = -(logits - logits.exp().sum(1, keepdim=True).log())[range(6), labels].sum()
     assert score.loss == pytest.approx(expected.item(), rel=1e-6)
     assert seen.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 6], [5, 6]]
-    assert score.row("val") == pytest.approx({
-        "val_loss": expected.item() / 6, "val_top1": 100 * 2 / 6, "val_top5": 100 * 4 / 6})
+    assert score.row("val") == pytest.approx(
+        {"val_loss": expected.item() / 6, "val_top1": 100 * 2 / 6, "val_top5": 100 * 4 / 6}
+    )
 
 
 def test_the_cut_into_batches_does_not_matter():
     whole, cut = scored(SEVEN, classes=7, batch=6), scored(SEVEN, classes=7, batch=1)
     assert (whole[0].top1, whole[0].top5, whole[0].images) == (
-        cut[0].top1, cut[0].top5, cut[0].images)
+        cut[0].top1,
+        cut[0].top5,
+        cut[0].images,
+    )
     assert torch.equal(whole[1], cut[1])
 
 
@@ -238,6 +273,7 @@ def test_a_rank_with_fewer_batches_still_takes_every_turn():
 def test_what_is_raised_between_batches_abandons_the_evaluation():
     def leave():
         raise InterruptedError
+
     with pytest.raises(InterruptedError):
         scored(SEVEN, classes=7, between=leave)
 
@@ -266,8 +302,13 @@ def test_an_fp16_overflow_is_skipped_and_is_no_divergence():
 
     trainer = Trainer(model, make_sgd(model, lr=0.1, weight_decay=0), ALONE, "fp16", augment)
     trainer.autocast = lambda: torch.autocast("cpu", torch.float16)
-    batch = Sample(torch.randint(255, (4, 3, 2, 2), dtype=torch.uint8), torch.tensor([0, 1, 2, 0]),
-                   torch.arange(4), torch.zeros(4, 0, 2), torch.zeros(4))
+    batch = Sample(
+        torch.randint(255, (4, 3, 2, 2), dtype=torch.uint8),
+        torch.tensor([0, 1, 2, 0]),
+        torch.arange(4),
+        torch.zeros(4, 0, 2),
+        torch.zeros(4),
+    )
     before = []
     for step in range(3):
         before.append([p.clone() for p in model.parameters()])

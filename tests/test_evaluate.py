@@ -24,16 +24,29 @@ RUN = "runs/dtd_fold1_resnet18_seed42"
 def trained(tmp_path_factory):
     """A pretraining of 2 epochs and a run of 3, both as the scripts leave them."""
     root = tmp_path_factory.mktemp("trained")
-    write_imagenet_tree(root / "tree", train_per_class=8, val_per_class=5, size=48, seed=0,
-                        num_classes=6)
+    write_imagenet_tree(
+        root / "tree", train_per_class=8, val_per_class=5, size=48, seed=0, num_classes=6
+    )
     write_dtd(root / "dtd", images_per_class=18, folds=2, size=48, seed=1, num_classes=3)
     flags = ["--model", "resnet18", "--img_size", "40", "--workers", "0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        pretrain_imagenet.main(["--data_dir", "tree", "--epochs", "2", "--batch_size", "7",
-                                "--amp", *flags])
-        train.main(["--data_dir", "dtd", "--epochs", "3", "--batch_size", "5", "--pretrained",
-                    "none", *flags])
+        pretrain_imagenet.main(
+            ["--data_dir", "tree", "--epochs", "2", "--batch_size", "7", "--amp", *flags]
+        )
+        train.main(
+            [
+                "--data_dir",
+                "dtd",
+                "--epochs",
+                "3",
+                "--batch_size",
+                "5",
+                "--pretrained",
+                "none",
+                *flags,
+            ]
+        )
     return root
 
 
@@ -67,8 +80,10 @@ def test_weights_give_the_accuracies_beside_them(inside, capsys):
     for name, percent in (("top-1", about["top1"]), ("top-5", about["top5"])):
         count = round(percent * 30 / 100)
         assert f"{name} {percent:.2f} % ({count} of 30)" in lines
-        assert (f"weights/resnet18_imagenet.json: {name} {percent:.2f} % ({count}): the same count"
-                in lines)
+        assert (
+            f"weights/resnet18_imagenet.json: {name} {percent:.2f} % ({count}): the same count"
+            in lines
+        )
 
 
 def test_the_training_images_need_not_be_there(folder, capsys):
@@ -124,12 +139,15 @@ def test_size_resize_and_mirror_images(inside, capsys):
     assert f"({hits} of 30)" in out.split("top-5")[0]
 
 
-@pytest.mark.parametrize(("percent", "count", "images", "told"), [
-    (70.0, 7, 10, " (7): the same count"),
-    (70.0, 9, 10, " (7): 2 more, now +20.00 percentage points"),
-    (100 / 3, 0, 3, " (1): 1 fewer, now -33.33 percentage points"),
-    (70.0, 2, 3, " of another number of images, now -3.33 percentage points"),
-])
+@pytest.mark.parametrize(
+    ("percent", "count", "images", "told"),
+    [
+        (70.0, 7, 10, " (7): the same count"),
+        (70.0, 9, 10, " (7): 2 more, now +20.00 percentage points"),
+        (100 / 3, 0, 3, " (1): 1 fewer, now -33.33 percentage points"),
+        (70.0, 2, 3, " of another number of images, now -3.33 percentage points"),
+    ],
+)
 def test_verdict_by_hand(percent, count, images, told):
     assert evaluate.verdict(percent, count, images) == told
 
@@ -180,7 +198,7 @@ def test_other_classes_are_refused(folder):
 def test_an_unreadable_image_is_never_left_out(folder):
     broken = next(Path("tree/val/dotted").iterdir())
     content = broken.read_bytes()
-    broken.write_bytes(content[:-len(content) // 2])  # its header is whole
+    broken.write_bytes(content[: -len(content) // 2])  # its header is whole
     assert str(broken) in error_of(*WEIGHTS)
 
 
@@ -193,16 +211,22 @@ def test_other_images_of_the_same_fold_are_warned_of(folder, capsys):
     assert "has other images than the run had" in out and "of another number of images" in out
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (("--weights", "none.pt", "--data_dir", "tree"), "none.pt"),
-    (("--weights", "weights/resnet18_imagenet.pt"), "--data_dir"),
-    ((*WEIGHTS, "--fold", "1"), "neither folds nor a test split"),
-    ((*WEIGHTS, "--dataset", "dtd"), "--fold"),
-    ((*WEIGHTS, "--resize", "39"), "--resize 39"),
-    ((*WEIGHTS[:3], "nowhere"), "nowhere"),
-    (("--weights", f"{RUN}/best.pt", "--fold", "3"), "--fold 3"),
-    (("--weights", f"{RUN}/best.pt", "--dataset", "imagenet", "--data_dir", "tree"), "3 classes"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--weights", "none.pt", "--data_dir", "tree"), "none.pt"),
+        (("--weights", "weights/resnet18_imagenet.pt"), "--data_dir"),
+        ((*WEIGHTS, "--fold", "1"), "neither folds nor a test split"),
+        ((*WEIGHTS, "--dataset", "dtd"), "--fold"),
+        ((*WEIGHTS, "--resize", "39"), "--resize 39"),
+        ((*WEIGHTS[:3], "nowhere"), "nowhere"),
+        (("--weights", f"{RUN}/best.pt", "--fold", "3"), "--fold 3"),
+        (
+            ("--weights", f"{RUN}/best.pt", "--dataset", "imagenet", "--data_dir", "tree"),
+            "3 classes",
+        ),
+    ],
+)
 def test_wrong_input_is_one_line(inside, words, told):
     assert told in error_of(*words)
 

@@ -23,8 +23,14 @@ def write_checkpoint(name="resnet18"):
     model = build_model(name, len(CLASSES), "none")
     torch.nn.init.normal_(model.fc.weight)
     model.train()(torch.randn(8, 3, 64, 64))
-    torch.save({"model": model.state_dict(), "classes": CLASSES,
-                "config": {"model": name, "img_size": 40}}, "best.pt")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "classes": CLASSES,
+            "config": {"model": name, "img_size": 40},
+        },
+        "best.pt",
+    )
     return model.eval()
 
 
@@ -89,11 +95,14 @@ def test_onnx_without_its_packages_says_what_to_install(package, monkeypatch):
         call("x.onnx")
 
 
-@pytest.mark.parametrize(("checkpoint", "out", "told"), [
-    ("best.pt", "x.pt", "must end in .pt2 or .onnx"),
-    ("best.pt", "no/x.pt2", "there is no folder no"),
-    ("none.pt", "x.pt2", "none.pt"),
-])
+@pytest.mark.parametrize(
+    ("checkpoint", "out", "told"),
+    [
+        ("best.pt", "x.pt", "must end in .pt2 or .onnx"),
+        ("best.pt", "no/x.pt2", "there is no folder no"),
+        ("none.pt", "x.pt2", "none.pt"),
+    ],
+)
 def test_wrong_input_is_one_line(checkpoint, out, told):
     write_checkpoint()
     with pytest.raises((UsageError, ModelError), match=told) as error:

@@ -28,12 +28,16 @@ def save(name, num_classes, path):
 def same(model, state, *, head=True):
     own = model.state_dict()
     return {key for key in state if key in own and not torch.equal(own[key], state[key])} == (
-        set() if head else {"fc.weight", "fc.bias"})
+        set() if head else {"fc.weight", "fc.bias"}
+    )
 
 
 def test_the_file_offers_the_six_networks_and_nothing_else():
-    offered = [name for name in dir(hubconf)  # as torch.hub.list finds them on GitHub
-               if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    offered = [
+        name
+        for name in dir(hubconf)  # as torch.hub.list finds them on GitHub
+        if callable(getattr(hubconf, name)) and not name.startswith("_")
+    ]
     assert sorted(offered) == sorted(MODELS)
     assert hubconf.dependencies == ["torch", "torchvision"]
 
@@ -54,8 +58,10 @@ def test_a_new_network_has_1000_classes_unless_told():
     assert load("resnet18", num_classes=7).fc.out_features == 7
 
 
-@pytest.mark.parametrize("pretrained", [True, "auto", "weights/twistnet18_imagenet.pt",
-                                        Path("weights/twistnet18_imagenet.pt")])
+@pytest.mark.parametrize(
+    "pretrained",
+    [True, "auto", "weights/twistnet18_imagenet.pt", Path("weights/twistnet18_imagenet.pt")],
+)
 def test_trained_weights_with_their_classifier_or_a_new_one(pretrained):
     state = save("twistnet18", 5, Path("weights/twistnet18_imagenet.pt"))
     assert same(load("twistnet18", pretrained=pretrained), state)
@@ -84,9 +90,15 @@ def test_what_cannot_be_had_is_one_error():
 def test_another_package_named_models_is_named(tmp_path):
     (tmp_path / "models.py").write_text("")
     done = subprocess.run(
-        [sys.executable, "-c",
-         f"import models, torch; torch.hub.load({str(ROOT)!r}, 'resnet18', source='local')"],
-        cwd=tmp_path, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-c",
+            f"import models, torch; torch.hub.load({str(ROOT)!r}, 'resnet18', source='local')",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError") and "process of its own" in last
     assert str(tmp_path / "models.py") in last

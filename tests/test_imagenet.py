@@ -26,8 +26,12 @@ def test_labels_follow_the_sorted_class_names_and_files_are_sorted(tmp_path):
     make(tmp_path, "n02/b.JPEG", "n02/a.JPEG", "n10/x.png", "n01/z.jpg")
     source, classes = list_tree(tmp_path)
     assert classes == ["n01", "n02", "n10"]
-    assert listed(source) == [("n01/z.jpg", 0), ("n02/a.JPEG", 1), ("n02/b.JPEG", 1),
-                              ("n10/x.png", 2)]
+    assert listed(source) == [
+        ("n01/z.jpg", 0),
+        ("n02/a.JPEG", 1),
+        ("n02/b.JPEG", 1),
+        ("n10/x.png", 2),
+    ]
     assert source.name(1) == str(tmp_path / "n02/a.JPEG")
 
 
@@ -37,12 +41,24 @@ def test_the_order_is_not_that_of_the_file_system(tmp_path):
     source, classes = list_tree(tmp_path)
     assert classes == ["a", "b", "c"]
     assert [name for name, _ in listed(source)] == [
-        f"{c}/{name}" for c in "abc" for name in sorted(names)]
+        f"{c}/{name}" for c in "abc" for name in sorted(names)
+    ]
 
 
 def test_hidden_things_and_other_files_are_neither_classes_nor_images(tmp_path):
-    make(tmp_path, "a/1.jpg", "b/1.jpg", ".ipynb_checkpoints/1.jpg", "LOC.csv", "top.jpg",
-         "a/._1.jpg", "a/.cache/2.jpg", "a/boxes.txt", "a/Thumbs.db", "b/notes/readme.md")
+    make(
+        tmp_path,
+        "a/1.jpg",
+        "b/1.jpg",
+        ".ipynb_checkpoints/1.jpg",
+        "LOC.csv",
+        "top.jpg",
+        "a/._1.jpg",
+        "a/.cache/2.jpg",
+        "a/boxes.txt",
+        "a/Thumbs.db",
+        "b/notes/readme.md",
+    )
     source, classes = list_tree(tmp_path)
     assert classes == ["a", "b"]
     assert listed(source) == [("a/1.jpg", 0), ("b/1.jpg", 1)]
@@ -51,7 +67,10 @@ def test_hidden_things_and_other_files_are_neither_classes_nor_images(tmp_path):
 def test_images_in_nested_folders_are_found(tmp_path):  # Tiny-ImageNet's train/<wnid>/images/
     make(tmp_path, "n1/images/n1_0.JPEG", "n1/images/n1_1.JPEG", "n1/n1_boxes.txt", "n2/0.JPEG")
     assert listed(list_tree(tmp_path)[0]) == [
-        ("n1/images/n1_0.JPEG", 0), ("n1/images/n1_1.JPEG", 0), ("n2/0.JPEG", 1)]
+        ("n1/images/n1_0.JPEG", 0),
+        ("n1/images/n1_1.JPEG", 0),
+        ("n2/0.JPEG", 1),
+    ]
 
 
 def test_linked_classes_and_images_count(tmp_path):
@@ -88,21 +107,30 @@ def test_both_splits_share_their_labels(tmp_path):
     assert listed(val) == [("a/9.jpg", 0), ("b/9.jpg", 1)]
 
 
-@pytest.mark.parametrize(("files", "message"), [
-    (["val/a/1.jpg"], "train is not there: --data_dir must be"),
-    (["train/a/1.jpg"], "val is not there: --data_dir must be"),
-    (["train/1.jpg", "val/a/1.jpg"], "train has no class folders"),
-    (["train/a/1.jpg", "val/a.jpg"], "val has no class folders"),
-    (["train/a/1.jpg", "train/b/x.txt", "val/a/1.jpg", "val/b/1.jpg"],
-     r"train/b has no images \(1 such class folder\)"),
-    (["train/a/1.jpg", "train/b/1.jpg", "val/a/.1.jpg", "val/b/x"],
-     r"val/a has no images \(2 such class folders\)"),
-    (["train/a/1.jpg", "train/b/1.jpg", "val/b/1.jpg"], r"val has other .* lacks 1 \(a\)$"),
-    (["train/a/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], r"only it has 1 \(c\)$"),
-    (["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"],
-     r"it lacks 1 \(b\); only it has 1 \(c\)$"),
-    ([*[f"train/{c}/1.jpg" for c in "abcdef"], "val/a/1.jpg"], r"lacks 5 \(b, c, d, …\)$"),
-])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["val/a/1.jpg"], "train is not there: --data_dir must be"),
+        (["train/a/1.jpg"], "val is not there: --data_dir must be"),
+        (["train/1.jpg", "val/a/1.jpg"], "train has no class folders"),
+        (["train/a/1.jpg", "val/a.jpg"], "val has no class folders"),
+        (
+            ["train/a/1.jpg", "train/b/x.txt", "val/a/1.jpg", "val/b/1.jpg"],
+            r"train/b has no images \(1 such class folder\)",
+        ),
+        (
+            ["train/a/1.jpg", "train/b/1.jpg", "val/a/.1.jpg", "val/b/x"],
+            r"val/a has no images \(2 such class folders\)",
+        ),
+        (["train/a/1.jpg", "train/b/1.jpg", "val/b/1.jpg"], r"val has other .* lacks 1 \(a\)$"),
+        (["train/a/1.jpg", "val/a/1.jpg", "val/c/1.jpg"], r"only it has 1 \(c\)$"),
+        (
+            ["train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/c/1.jpg"],
+            r"it lacks 1 \(b\); only it has 1 \(c\)$",
+        ),
+        ([*[f"train/{c}/1.jpg" for c in "abcdef"], "val/a/1.jpg"], r"lacks 5 \(b, c, d, …\)$"),
+    ],
+)
 def test_trees_that_would_give_wrong_numbers_are_refused_in_one_line(tmp_path, files, message):
     make(tmp_path, *files)
     with pytest.raises(DataError, match=message) as caught:

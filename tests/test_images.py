@@ -37,19 +37,22 @@ def write_listing(root, count, *, classes=2, broken=()):
     return ImageFiles(root, np.array([name.encode() for name in names]), labels)
 
 
-@pytest.mark.parametrize(("name", "mode", "expected", "tolerance"), [
-    ("rgb.png", "RGB", COLOUR, 0),
-    ("rgb.jpg", "RGB", COLOUR, 3),
-    ("cmyk.jpg", "CMYK", COLOUR, 6),
-    ("cmyk.tif", "CMYK", COLOUR, 2),
-    ("grey.png", "L", (GREY,) * 3, 1),
-    ("grey.jpg", "L", (GREY,) * 3, 2),
-    ("grey_alpha.png", "LA", (GREY,) * 3, 1),
-    ("alpha.png", "RGBA", COLOUR, 0),
-    ("palette.png", "P", COLOUR, 0),
-    ("palette.gif", "P", COLOUR, 0),
-    ("two.png", "1", None, None),
-])
+@pytest.mark.parametrize(
+    ("name", "mode", "expected", "tolerance"),
+    [
+        ("rgb.png", "RGB", COLOUR, 0),
+        ("rgb.jpg", "RGB", COLOUR, 3),
+        ("cmyk.jpg", "CMYK", COLOUR, 6),
+        ("cmyk.tif", "CMYK", COLOUR, 2),
+        ("grey.png", "L", (GREY,) * 3, 1),
+        ("grey.jpg", "L", (GREY,) * 3, 2),
+        ("grey_alpha.png", "LA", (GREY,) * 3, 1),
+        ("alpha.png", "RGBA", COLOUR, 0),
+        ("palette.png", "P", COLOUR, 0),
+        ("palette.gif", "P", COLOUR, 0),
+        ("two.png", "1", None, None),
+    ],
+)
 def test_every_kind_is_read_as_rgb(tmp_path, name, mode, expected, tolerance):
     flat(mode).save(tmp_path / name)
     image = read_rgb(tmp_path / name)
@@ -128,17 +131,21 @@ def test_samples_leave_the_global_generators_as_they_were(tmp_path):
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
 
-@pytest.mark.parametrize(("broken", "index", "stand_in"), [
-    # 8 files, labels 0 0 0 0 1 1 1 1: the next of the class that reads, cyclically
-    ([1], 1, 2),
-    ([3], 3, 0),
-    ([2, 3], 2, 0),
-    ([1, 2, 3], 1, 0),
-    ([4, 5, 6], 5, 7),
-    ([7, 4], 7, 5),
-])
+@pytest.mark.parametrize(
+    ("broken", "index", "stand_in"),
+    [
+        # 8 files, labels 0 0 0 0 1 1 1 1: the next of the class that reads, cyclically
+        ([1], 1, 2),
+        ([3], 3, 0),
+        ([2, 3], 2, 0),
+        ([1, 2, 3], 1, 0),
+        ([4, 5, 6], 5, 7),
+        ([7, 4], 7, 5),
+    ],
+)
 def test_a_broken_training_image_is_replaced_by_the_next_of_its_class(
-        tmp_path, broken, index, stand_in):
+    tmp_path, broken, index, stand_in
+):
     source = write_listing(tmp_path, 8, broken=broken)
     identity = TrainSet(source, lambda image: (image, torch.empty(0, 2)), 0)
     for epoch in (0, 3):

@@ -27,8 +27,10 @@ from training import command_line, record
 
 def cell(folder: Path, name: str, code: str) -> Cell:
     """A cell whose command is Python; `done()` in it leaves the results."""
-    start = f"import os, sys, time; os.chdir({str(folder / name)!r})\n" \
-            "def done(): open('results.json', 'w').close()\n"
+    start = (
+        f"import os, sys, time; os.chdir({str(folder / name)!r})\n"
+        "def done(): open('results.json', 'w').close()\n"
+    )
     return Cell(folder / name, [sys.executable, "-S", "-c", start + code])
 
 
@@ -39,9 +41,13 @@ def is_done(cell: Cell) -> bool:
 def run_pool(cells, slots=({},), stop=lambda: False, **more):
     """All outcomes, in order, as (name, outcome)."""
     outcomes = []
-    LocalPool(list(slots), stop=stop, is_done=is_done,
-              report=lambda cell, outcome: outcomes.append((cell.name, outcome)),
-              **more).run(cells)
+    LocalPool(
+        list(slots),
+        stop=stop,
+        is_done=is_done,
+        report=lambda cell, outcome: outcomes.append((cell.name, outcome)),
+        **more,
+    ).run(cells)
     return outcomes
 
 
@@ -68,14 +74,20 @@ def test_the_output_is_added_to_the_folder_under_its_command(tmp_path):
     assert tail(one.folder, lines=1).strip() in ("hello", "oh") and tail(tmp_path) == ""
 
 
-@pytest.mark.parametrize(("code", "expected"), [
-    ("sys.exit(1)", [AGAIN, FAILED]),
-    ("os.kill(os.getpid(), 9)", [AGAIN, FAILED]),
-    ("sys.exit(2)", [FAILED]),  # bad input stays bad
-    ("pass", [AGAIN, FAILED]),  # exit 0, but no results: not finished
-    ("sys.exit(75)", [STOPPED]),  # somebody asked this run alone to stop
-    ("seen = os.path.exists('x'); open('x', 'w'); done() if seen else sys.exit(1)", [AGAIN, DONE]),
-])
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("sys.exit(1)", [AGAIN, FAILED]),
+        ("os.kill(os.getpid(), 9)", [AGAIN, FAILED]),
+        ("sys.exit(2)", [FAILED]),  # bad input stays bad
+        ("pass", [AGAIN, FAILED]),  # exit 0, but no results: not finished
+        ("sys.exit(75)", [STOPPED]),  # somebody asked this run alone to stop
+        (
+            "seen = os.path.exists('x'); open('x', 'w'); done() if seen else sys.exit(1)",
+            [AGAIN, DONE],
+        ),
+    ],
+)
 def test_a_failed_run_is_tried_once_more(tmp_path, code, expected):
     outcomes = run_pool([cell(tmp_path, "a", code), cell(tmp_path, "b", "done()")])
     assert [outcome for name, outcome in outcomes if name == "a"] == expected
@@ -94,9 +106,18 @@ def test_a_cell_of_another_process_is_waited_for_while_others_run(tmp_path, monk
     monkeypatch.setattr(launching, "BUSY_POLL", 0.2)
     one, other = cell(tmp_path, "a", "sys.exit(1)"), cell(tmp_path, "b", "done()")
     one.folder.mkdir()
-    holder = subprocess.Popen([sys.executable, "-S", "-c", (
-        "import fcntl, time; f = open('.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
-        "open('locked', 'w'); time.sleep(1.5); open('results.json', 'w')")], cwd=one.folder)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            (
+                "import fcntl, time; f = open('.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+                "open('locked', 'w'); time.sleep(1.5); open('results.json', 'w')"
+            ),
+        ],
+        cwd=one.folder,
+    )
     while not (one.folder / "locked").exists():
         time.sleep(0.02)
     assert in_use(one.folder)
@@ -111,8 +132,10 @@ def test_a_cell_that_another_process_took_first_is_no_failure(tmp_path, monkeypa
     assert run_pool([cell(tmp_path, "a", code)]) == [("a", BUSY), ("a", DONE)]
 
 
-SAVES = ("import signal\ndef save(*_):\n    print('saved'); sys.exit(75)\n"
-         "signal.signal(signal.SIGTERM, save); open('up', 'w'); time.sleep(60)")
+SAVES = (
+    "import signal\ndef save(*_):\n    print('saved'); sys.exit(75)\n"
+    "signal.signal(signal.SIGTERM, save); open('up', 'w'); time.sleep(60)"
+)
 
 
 def test_a_stop_has_runs_save_and_starts_no_more(tmp_path):
@@ -126,8 +149,7 @@ def test_a_stop_has_runs_save_and_starts_no_more(tmp_path):
 
 def test_a_run_that_does_not_leave_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "GRACE", 0.5)
-    code = "import signal; signal.signal(15, signal.SIG_IGN); open('up', 'w'); " \
-           "time.sleep(60)"
+    code = "import signal; signal.signal(15, signal.SIG_IGN); open('up', 'w'); time.sleep(60)"
     one = cell(tmp_path, "a", code)
     assert run_pool([one], stop=(one.folder / "up").exists) == [("a", STOPPED)]
 
@@ -136,23 +158,25 @@ def test_runs_are_ended_when_the_launcher_breaks(tmp_path):
     def broken(running):
         if (tmp_path / "a" / "up").exists():
             raise OSError("no space left")
+
     with pytest.raises(OSError, match="no space"):
         run_pool([cell(tmp_path, "a", SAVES)], polled=broken)
     assert "saved" in tail(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("slots", "gpus", "cells", "cores", "threads", "workers", "devices"), [
-    (None, None, 4, 8, None, None, [None]),
-    (2, None, 4, 8, "4", "4", [None, None]),
-    (8, None, 3, 8, "2", "2", [None] * 3),  # no more slots than cells
-    (4, None, 4, 2, "1", "1", [None] * 4),
-    (None, [0], 4, 8, None, None, ["0"]),
-    (None, [3, 1], 4, 16, "8", "6", ["3", "1"]),
-    (None, [0, 1], 0, 16, None, None, ["0"]),
-])
-def test_slots_share_the_cores(
-    monkeypatch, slots, gpus, cells, cores, threads, workers, devices
-):
+@pytest.mark.parametrize(
+    ("slots", "gpus", "cells", "cores", "threads", "workers", "devices"),
+    [
+        (None, None, 4, 8, None, None, [None]),
+        (2, None, 4, 8, "4", "4", [None, None]),
+        (8, None, 3, 8, "2", "2", [None] * 3),  # no more slots than cells
+        (4, None, 4, 2, "1", "1", [None] * 4),
+        (None, [0], 4, 8, None, None, ["0"]),
+        (None, [3, 1], 4, 16, "8", "6", ["3", "1"]),
+        (None, [0, 1], 0, 16, None, None, ["0"]),
+    ],
+)
+def test_slots_share_the_cores(monkeypatch, slots, gpus, cells, cores, threads, workers, devices):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cells = [Cell(Path(str(n)), ["run"]) for n in range(cells)]
@@ -166,8 +190,10 @@ def test_slots_keep_to_what_the_user_has_set(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     made = make_slots([Cell(Path("a"), []), Cell(Path("b"), [])], None, [0, 1], cores=8, workers=4)
-    assert made == [{"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "4"},
-                    {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "7"}]
+    assert made == [
+        {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "4"},
+        {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "7"},
+    ]
 
 
 def test_the_line_has_counts_and_mean_accuracies(capsys):
@@ -181,10 +207,15 @@ def test_the_line_has_counts_and_mean_accuracies(capsys):
     line.close()
     assert seen == ["2 running, 1 failed, a 15.0, b 5.0"]
     assert capsys.readouterr().out.splitlines() == [
-        "[2/4] x: val_acc 25.0, test_acc 20.0, 61 s", "[3/4] y: val_acc 1.0, test_acc 5.0, 1 s"]
+        "[2/4] x: val_acc 25.0, test_acc 20.0, 61 s",
+        "[3/4] y: val_acc 1.0, test_acc 5.0, 1 s",
+    ]
 
 
 def test_it_speaks_of_the_same_things_as_train_py():
     assert (launching.EXIT_USAGE, launching.EXIT_BUSY, launching.EXIT_PREEMPTED) == (
-        command_line.EXIT_USAGE, command_line.EXIT_BUSY, command_line.EXIT_PREEMPTED)
+        command_line.EXIT_USAGE,
+        command_line.EXIT_BUSY,
+        command_line.EXIT_PREEMPTED,
+    )
     assert launching.LOCK == record.LOCK

@@ -23,10 +23,19 @@ def source(tmp_path):
 
 
 def steps(source, *, first=0, last=5, workers=0, rank=0, world=1, micro_batches=2):
-    sampler = StepSampler(len(source), seed=1, micro_batch=2, micro_batches=micro_batches,
-                          rank=rank, world=world)
-    return list(train_steps(TrainSet(source, TrainTransform(16), 1), sampler, first=first,
-                            last=last, workers=workers, pin_memory=False))
+    sampler = StepSampler(
+        len(source), seed=1, micro_batch=2, micro_batches=micro_batches, rank=rank, world=world
+    )
+    return list(
+        train_steps(
+            TrainSet(source, TrainTransform(16), 1),
+            sampler,
+            first=first,
+            last=last,
+            workers=workers,
+            pin_memory=False,
+        )
+    )
 
 
 def equal(a, b):
@@ -46,7 +55,8 @@ def test_a_step_is_a_list_of_this_ranks_micro_batches(source):
     assert batch.draws.shape == (2, 2, 2)
     assert torch.equal(batch.label, batch.index % 2)
     assert sorted(torch.cat([b.index for step in run[:2] for b in step]).tolist()) == sorted(
-        set(range(11)) - set(rest_of_first_epoch(source)))
+        set(range(11)) - set(rest_of_first_epoch(source))
+    )
 
 
 def rest_of_first_epoch(source):
@@ -79,21 +89,30 @@ def evaluated(source, world, *, batch_size=4, workers=0):
     """By rank the batches, each as a list of indices; and the rounds that every rank was told."""
     ranks, rounds = [], set()
     for rank in range(world):
-        loader, most = eval_batches(EvalSet(source, EvalTransform(16)), batch_size=batch_size,
-                                    workers=workers, pin_memory=False, rank=rank, world=world)
+        loader, most = eval_batches(
+            EvalSet(source, EvalTransform(16)),
+            batch_size=batch_size,
+            workers=workers,
+            pin_memory=False,
+            rank=rank,
+            world=world,
+        )
         ranks.append([batch.index.tolist() for batch in loader])
         rounds.add(most)
     return ranks, rounds
 
 
-@pytest.mark.parametrize(("world", "batch_size", "expected", "rounds"), [
-    (1, 4, [[4, 4, 3]], 3),
-    (2, 4, [[4, 3], [4]], 2),
-    (3, 4, [[4], [4], [3]], 1),
-    (2, 32, [[11], []], 1),  # smaller than one batch: one rank has nothing
-    (4, 4, [[4], [4], [3], []], 1),
-    (2, 1, [[1] * 6, [1] * 5], 6),
-])
+@pytest.mark.parametrize(
+    ("world", "batch_size", "expected", "rounds"),
+    [
+        (1, 4, [[4, 4, 3]], 3),
+        (2, 4, [[4, 3], [4]], 2),
+        (3, 4, [[4], [4], [3]], 1),
+        (2, 32, [[11], []], 1),  # smaller than one batch: one rank has nothing
+        (4, 4, [[4], [4], [3], []], 1),
+        (2, 1, [[1] * 6, [1] * 5], 6),
+    ],
+)
 def test_every_image_is_evaluated_exactly_once(source, world, batch_size, expected, rounds):
     ranks, told = evaluated(source, world, batch_size=batch_size)
     assert [[len(batch) for batch in rank] for rank in ranks] == expected
@@ -104,12 +123,14 @@ def test_every_image_is_evaluated_exactly_once(source, world, batch_size, expect
 def test_an_image_is_in_the_same_batch_on_any_number_of_ranks(source):
     def cut(world):
         return {tuple(batch) for rank in evaluated(source, world)[0] for batch in rank}
+
     assert cut(1) == cut(2) == cut(3)
 
 
 def test_evaluation_can_be_walked_again_with_workers_that_stay(source):
-    loader, _ = eval_batches(EvalSet(source, EvalTransform(16)), batch_size=4, workers=1,
-                             pin_memory=False)
+    loader, _ = eval_batches(
+        EvalSet(source, EvalTransform(16)), batch_size=4, workers=1, pin_memory=False
+    )
     first, second = list(loader), list(loader)
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.cat([b.broken for b in first]).nonzero().flatten().tolist() == [3]

@@ -36,9 +36,13 @@ class Stop:
 
 def batch(key, broken=None):
     generator = torch.Generator().manual_seed(key)
-    return Sample(torch.randint(256, (8, 3, 6, 6), dtype=torch.uint8, generator=generator),
-                  torch.randint(3, (8,), generator=generator), torch.arange(8) + 8 * key,
-                  torch.zeros(8, 0, 2), torch.zeros(8) if broken is None else torch.tensor(broken))
+    return Sample(
+        torch.randint(256, (8, 3, 6, 6), dtype=torch.uint8, generator=generator),
+        torch.randint(3, (8,), generator=generator),
+        torch.arange(8) + 8 * key,
+        torch.zeros(8, 0, 2),
+        torch.zeros(8) if broken is None else torch.tensor(broken),
+    )
 
 
 def augment(images, labels, draws, *, step, micro):
@@ -49,17 +53,32 @@ def nan_from(first):
     def spoilt(images, labels, draws, *, step, micro):
         images, targets = augment(images, labels, draws, step=step, micro=micro)
         return images * (float("nan") if step >= first else 1), targets
+
     return spoilt
 
 
 def tiny(width=4):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 3),
+    )
 
 
-def make(folder, *, stop=None, state=None, model=None, mixing=augment, broken=lambda step: None,
-         **settings):
+def make(
+    folder,
+    *,
+    stop=None,
+    state=None,
+    model=None,
+    mixing=augment,
+    broken=lambda step: None,
+    **settings,
+):
     """A run of 3 epochs of 4 steps, each of two micro-batches, and 3 batches of validation."""
     model = model or tiny()
     trainer = Trainer(model, make_sgd(model, lr=0.1, weight_decay=1e-3), ALONE, "fp32", mixing)
@@ -70,17 +89,32 @@ def make(folder, *, stop=None, state=None, model=None, mixing=augment, broken=la
             yield [batch(2 * step, broken(step)), batch(2 * step + 1)]
 
     def validate(between):
-        return evaluate(trainer, [batch(1000 + i) for i in range(3)], lambda x: x.float() / 255,
-                        rounds=3, name_of=str, between=between)[0]
+        return evaluate(
+            trainer,
+            [batch(1000 + i) for i in range(3)],
+            lambda x: x.float() / 255,
+            rounds=3,
+            name_of=str,
+            between=between,
+        )[0]
 
     defaults = {
-        "steps_from": steps_from, "validate": validate,
+        "steps_from": steps_from,
+        "validate": validate,
         "lr_of": lambda s: lr_at(s, base=0.2, total_steps=EPOCHS * STEPS, warmup_steps=2),
         "frozen": {"config": {"lr": 0.1}, "classes": ["a", "b", "c"], "images": 64},
-        "name_of": lambda index: f"image{index}", "resume_with": "the same command",
+        "name_of": lambda index: f"image{index}",
+        "resume_with": "the same command",
     }
-    return Run(trainer, progress, Folder(folder), Stop() if stop is None else stop,
-               epochs=EPOCHS, steps_per_epoch=STEPS, **{**defaults, **settings})
+    return Run(
+        trainer,
+        progress,
+        Folder(folder),
+        Stop() if stop is None else stop,
+        epochs=EPOCHS,
+        steps_per_epoch=STEPS,
+        **{**defaults, **settings},
+    )
 
 
 def resumed(folder, **settings):
@@ -116,11 +150,19 @@ def test_rows_are_those_of_the_formulas(whole, tmp_path, capsys):
     _, _, rows = whole
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     # the rate of each epoch's last step: warm-up of 2 of 12 steps, then 0.1 (1 + cos(pi k / 10))
-    assert [row["lr"] for row in rows] == pytest.approx([
-        0.1 * (1 + math.cos(math.pi * k / 10)) for k in (1, 5, 9)])
+    assert [row["lr"] for row in rows] == pytest.approx(
+        [0.1 * (1 + math.cos(math.pi * k / 10)) for k in (1, 5, 9)]
+    )
     for row in rows:
-        assert set(row) == {"epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5",
-                            *TIMINGS}
+        assert set(row) == {
+            "epoch",
+            "lr",
+            "train_loss",
+            "val_loss",
+            "val_top1",
+            "val_top5",
+            *TIMINGS,
+        }
         assert row["val_top5"] == 100 and 0 < row["train_loss"] < 2 and row["seconds"] >= 0
         assert row["val_top1"] * 24 / 100 == pytest.approx(round(row["val_top1"] * 24 / 100))
         assert 0 <= row["data_wait"] <= 1 and row["images_per_s"] > 0
@@ -128,7 +170,8 @@ def test_rows_are_those_of_the_formulas(whole, tmp_path, capsys):
     assert all(row["gates"] == [0.1, 0.2] for row in log(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert [line[: line.index(",")] for line in lines] == [
-        f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}" for row in rows]
+        f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}" for row in rows
+    ]
 
 
 def test_each_step_gets_its_number_and_its_rate_resumed_or_not(tmp_path):
@@ -138,6 +181,7 @@ def test_each_step_gets_its_number_and_its_rate_resumed_or_not(tmp_path):
         def spied(batches, *, step, lr, inner=step):
             told.append((step, lr))
             inner(batches, step=step, lr=lr)
+
         run.trainer.step = spied
         return run
 
@@ -145,8 +189,9 @@ def test_each_step_gets_its_number_and_its_rate_resumed_or_not(tmp_path):
     with pytest.raises(Preempted):
         spy(make(tmp_path, stop=Stop(6))).fit()
     spy(resumed(tmp_path)).fit()
-    assert told == [(step, lr_at(step, base=0.2, total_steps=12, warmup_steps=2))
-                    for step in range(12)]
+    assert told == [
+        (step, lr_at(step, base=0.2, total_steps=12, warmup_steps=2)) for step in range(12)
+    ]
 
 
 def test_the_train_loss_is_the_mean_over_the_epochs_images(tmp_path):
@@ -218,8 +263,10 @@ def scores(*top1):
     return lambda between: Score(loss=1.0, top1=left.pop(0), top5=10, images=10)
 
 
-@pytest.mark.parametrize(("top1", "best"), [
-    ((1, 3, 2), 2), ((3, 2, 1), 1), ((0, 0, 0), 1), ((1, 2, 2), 2), ((1, 2, 3), 3)])
+@pytest.mark.parametrize(
+    ("top1", "best"),
+    [((1, 3, 2), 2), ((3, 2, 1), 1), ((0, 0, 0), 1), ((1, 2, 2), 2), ((1, 2, 3), 3)],
+)
 def test_best_is_the_first_epoch_of_the_highest_accuracy(tmp_path, top1, best):
     run = make(tmp_path, validate=scores(*top1))
     run.fit()
@@ -242,7 +289,8 @@ def test_best_survives_a_resume(tmp_path):
 
 @pytest.mark.parametrize("show_seconds", [-1.0, 1000.0])
 def test_a_loss_that_is_nan_stops_the_run_and_spares_the_checkpoint(
-        tmp_path, monkeypatch, show_seconds):
+    tmp_path, monkeypatch, show_seconds
+):
     monkeypatch.setattr(loop, "SHOW_SECONDS", show_seconds)
     kept = []
 
@@ -337,6 +385,7 @@ def test_a_broken_validation_image_stops_after_saving_and_is_validated_again(who
 @pytest.mark.parametrize(("save_seconds", "expected"), [(0.0, 6), (1000.0, 4)])
 def test_saves_within_an_epoch_come_when_they_are_due(tmp_path, save_seconds, expected):
     """The power fails while step 7 is loaded."""
+
     def steps_from(first):
         yield from ([batch(step)] for step in range(6))
         raise ConnectionError
@@ -366,6 +415,7 @@ def full_disk(monkeypatch, failing):
         if failing:
             raise OSError(errno.ENOSPC, "No space left on device")
         return replace(*args, **kwargs)
+
     monkeypatch.setattr(os, "replace", maybe)
 
 
@@ -374,11 +424,11 @@ def filling(failing, steps):
         for step in range(first, EPOCHS * STEPS):
             failing[:] = [True] if step in steps else []
             yield [batch(2 * step), batch(2 * step + 1)]
+
     return steps_from
 
 
-def test_a_disk_that_is_full_for_a_while_costs_warnings_alone(
-        whole, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_full_for_a_while_costs_warnings_alone(whole, tmp_path, monkeypatch, capsys):
     failing = []
     full_disk(monkeypatch, failing)
     run = make(tmp_path, steps_from=filling(failing, [3]))  # at the end of epoch 1
@@ -430,15 +480,18 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves(tmp_path, monkey
 # ------------------------------------------------------------------ what is resumed
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda state: state["model"].pop("0.weight"),
-    lambda state: state["model"].update({"5.weight": torch.ones(4, 4)}),
-    lambda state: state["model"].update(extra=torch.ones(1)),
-    lambda state: state.update(model=[1]),
-    lambda state: state["optimizer"].update(param_groups=[]),
-    lambda state: state.pop("clock"),
-    lambda state: state.update(scaler={"scale": 1.0}) or state["optimizer"].clear(),
-])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state["model"].pop("0.weight"),
+        lambda state: state["model"].update({"5.weight": torch.ones(4, 4)}),
+        lambda state: state["model"].update(extra=torch.ones(1)),
+        lambda state: state.update(model=[1]),
+        lambda state: state["optimizer"].update(param_groups=[]),
+        lambda state: state.pop("clock"),
+        lambda state: state.update(scaler={"scale": 1.0}) or state["optimizer"].clear(),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, spoil):
     make(tmp_path).save()
     state = load_checkpoint(tmp_path / LATEST)[0]

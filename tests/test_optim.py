@@ -8,22 +8,36 @@ from models import build_model
 from training.optim import lr_at, make_sgd, warmup_steps
 
 
-@pytest.mark.parametrize(("step", "expected"), [
-    # base 0.8, 12 steps, of which 4 warm up; the cosine over 8 steps: 0.4 (1 + cos(pi k / 8))
-    (0, 0.2), (1, 0.4), (2, 0.6), (3, 0.8),
-    (4, 0.8), (6, 0.6828427), (8, 0.4), (10, 0.1171573), (11, 0.0304482), (12, 0.0),
-])
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        # base 0.8, 12 steps, of which 4 warm up; the cosine over 8 steps: 0.4 (1 + cos(pi k / 8))
+        (0, 0.2),
+        (1, 0.4),
+        (2, 0.6),
+        (3, 0.8),
+        (4, 0.8),
+        (6, 0.6828427),
+        (8, 0.4),
+        (10, 0.1171573),
+        (11, 0.0304482),
+        (12, 0.0),
+    ],
+)
 def test_lr_by_hand(step, expected):
     rate = lr_at(step, base=0.8, total_steps=12, warmup_steps=4)
     assert rate == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize(("total", "warmup", "rates"), [
-    (2, 0, [1.0, 0.5, 0.0]),
-    (1, 0, [1.0, 0.0]),
-    (3, 2, [0.5, 1.0, 1.0, 0.0]),
-    (1, 1, [1.0]),
-])
+@pytest.mark.parametrize(
+    ("total", "warmup", "rates"),
+    [
+        (2, 0, [1.0, 0.5, 0.0]),
+        (1, 0, [1.0, 0.0]),
+        (3, 2, [0.5, 1.0, 1.0, 0.0]),
+        (1, 1, [1.0]),
+    ],
+)
 def test_lr_of_short_runs(total, warmup, rates):
     found = [lr_at(s, base=1.0, total_steps=total, warmup_steps=warmup) for s in range(len(rates))]
     assert found == pytest.approx(rates, abs=1e-12)
@@ -36,15 +50,18 @@ def test_lr_falls_without_a_break_after_the_warm_up_and_ends_near_zero():
     assert 0 < rates[-1] < 1e-5
 
 
-@pytest.mark.parametrize(("epochs", "per_epoch", "total", "expected"), [
-    (5, 10, 600, 50),
-    (5, 10, 51, 50),
-    (5, 10, 50, 5),  # not shorter than the run: a tenth of it
-    (5, 10, 20, 2),
-    (5, 1, 3, 0),
-    (0.25, 10, 100, 2),
-    (0, 10, 100, 0),
-])
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "total", "expected"),
+    [
+        (5, 10, 600, 50),
+        (5, 10, 51, 50),
+        (5, 10, 50, 5),  # not shorter than the run: a tenth of it
+        (5, 10, 20, 2),
+        (5, 1, 3, 0),
+        (0.25, 10, 100, 2),
+        (0, 10, 100, 0),
+    ],
+)
 def test_warm_up_is_shorter_than_the_run(epochs, per_epoch, total, expected):
     assert warmup_steps(epochs, steps_per_epoch=per_epoch, total_steps=total) == expected
 

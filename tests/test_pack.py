@@ -21,8 +21,9 @@ from training import BusyError, RunError
 @pytest.fixture
 def tree(tmp_path):
     """Two classes; in the first one image each that is larger, a PNG, grey and CMYK."""
-    write_imagenet_tree(tmp_path / "tree", train_per_class=4, val_per_class=2, size=40, seed=0,
-                        num_classes=2)
+    write_imagenet_tree(
+        tmp_path / "tree", train_per_class=4, val_per_class=2, size=40, seed=0, num_classes=2
+    )
     first = sorted((tmp_path / "tree" / "train").iterdir())[0]
     rng = np.random.default_rng(0)
     photo = Image.fromarray(rng.integers(0, 256, (90, 130, 3), dtype=np.uint8))
@@ -35,8 +36,19 @@ def tree(tmp_path):
 
 def run(tree, *flags, workers=0):
     out = tree.parent / "packed"
-    tool.main(["--data-dir", str(tree), "--out", str(out), "--short_side", "64",
-               "--workers", str(workers), *flags])
+    tool.main(
+        [
+            "--data-dir",
+            str(tree),
+            "--out",
+            str(out),
+            "--short_side",
+            "64",
+            "--workers",
+            str(workers),
+            *flags,
+        ]
+    )
     return out
 
 
@@ -62,8 +74,9 @@ def test_a_pack_is_read_where_its_tree_was(tree, workers, capsys):
 def test_small_jpegs_are_copied_byte_for_byte(tree):
     train = load_imagenet(run(tree))[0]
     files = load_imagenet(tree)[0]
-    copied = [i for i in range(len(files)) if bytes(train._entry(i).numpy()) ==
-              files.path(i).read_bytes()]
+    copied = [
+        i for i in range(len(files)) if bytes(train._entry(i).numpy()) == files.path(i).read_bytes()
+    ]
     assert len(copied) == 8  # all but large, grey (large too), png and cmyk
     assert torch.equal(train.read(copied[0]), files.read(copied[0]))
 
@@ -82,8 +95,10 @@ def test_larger_images_are_shrunk_bicubically_and_saved_at_the_quality(tree):
 
 def test_a_pack_that_was_killed_goes_on_and_ends_the_same(tree, monkeypatch):
     whole = run(tree)
-    expected = {name: (whole / name).read_bytes() for name in (
-        "train.data", "train.npy", "val.data", "val.npy", ABOUT)}
+    expected = {
+        name: (whole / name).read_bytes()
+        for name in ("train.data", "train.npy", "val.data", "val.npy", ABOUT)
+    }
     shutil.rmtree(whole)
     monkeypatch.setattr(packed, "FLUSH_BYTES", 1)
     add, added = packed.PackWriter.add, []
@@ -93,6 +108,7 @@ def test_a_pack_that_was_killed_goes_on_and_ends_the_same(tree, monkeypatch):
             raise KeyboardInterrupt
         added.append(position)
         add(self, position, *args, **kwargs)
+
     monkeypatch.setattr(packed.PackWriter, "add", die)
     with pytest.raises(KeyboardInterrupt):
         run(tree)
@@ -100,8 +116,14 @@ def test_a_pack_that_was_killed_goes_on_and_ends_the_same(tree, monkeypatch):
     with pytest.raises(DataError, match="is not packed to the end"):
         load_imagenet(whole)
     added.clear()
-    monkeypatch.setattr(packed.PackWriter, "add", lambda self, position, *args, **kwargs: (
-        added.append(position), add(self, position, *args, **kwargs)))
+    monkeypatch.setattr(
+        packed.PackWriter,
+        "add",
+        lambda self, position, *args, **kwargs: (
+            added.append(position),
+            add(self, position, *args, **kwargs),
+        ),
+    )
     run(tree)
     assert len(added) == 16 - 5  # 12 training images and 4 validation ones
     assert {name: (whole / name).read_bytes() for name in expected} == expected
@@ -132,8 +154,9 @@ def test_unreadable_images_are_left_out_on_request(tree, capsys):
     train, val, _ = load_imagenet(run(tree, "--skip_unreadable"))
     assert (len(train), len(val)) == (11, 4)
     assert "1 unreadable images left out" in capsys.readouterr().out
-    assert not any(train.name(i).endswith(path.name) and
-                   path.parent.name in train.name(i) for i in range(11))
+    assert not any(
+        train.name(i).endswith(path.name) and path.parent.name in train.name(i) for i in range(11)
+    )
 
 
 def test_a_finished_pack_is_left_as_it_is(tree, capsys):
@@ -181,6 +204,7 @@ def test_too_little_room_is_one_line_before_anything_is_packed(tree, monkeypatch
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tree, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(packed.PackWriter, "flush", full)
     with pytest.raises(RunError, match="No space left on device.*the same command goes on"):
         run(tree)
@@ -201,6 +225,7 @@ def test_flags_that_make_no_sense_are_one_line(tree):
 def test_two_at_a_time_are_refused(tree, monkeypatch):
     def busy(*args):
         raise BlockingIOError
+
     monkeypatch.setattr(tool, "pack", busy)
     with pytest.raises(BusyError, match="by another process"):
         run(tree)

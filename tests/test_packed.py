@@ -127,17 +127,20 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(("file", "damage", "message"), [
-    ("train.data", cut, r"train.data has [\d,]+ bytes, not [\d,]+ as packed"),
-    ("train.data", grow, "train.data has"),
-    ("train.npy", cut, "train.npy is damaged"),
-    ("train.npy", flip, "train.npy is damaged"),
-    ("train.data", lambda path: path.unlink(), "train images cannot be opened"),
-    ("train.npy", lambda path: path.unlink(), "train images cannot be opened"),
-    (ABOUT, cut, "packed.json cannot be read"),
-    (ABOUT, lambda path: path.write_text('{"format": 1}'), "packed.json cannot be read"),
-    (ABOUT, lambda path: path.write_text('{"format": 9}'), "is of format 9"),
-])
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("train.data", cut, r"train.data has [\d,]+ bytes, not [\d,]+ as packed"),
+        ("train.data", grow, "train.data has"),
+        ("train.npy", cut, "train.npy is damaged"),
+        ("train.npy", flip, "train.npy is damaged"),
+        ("train.data", lambda path: path.unlink(), "train images cannot be opened"),
+        ("train.npy", lambda path: path.unlink(), "train images cannot be opened"),
+        (ABOUT, cut, "packed.json cannot be read"),
+        (ABOUT, lambda path: path.write_text('{"format": 1}'), "packed.json cannot be read"),
+        (ABOUT, lambda path: path.write_text('{"format": 9}'), "is of format 9"),
+    ],
+)
 def test_files_that_are_not_as_packed_are_one_line(tmp_path, file, damage, message):
     finished(tmp_path)
     damage(tmp_path / file)
@@ -200,18 +203,29 @@ def test_what_is_made_comes_in_order_from_any_number_of_workers():
     state = torch.get_rng_state()
     for workers in (0, 2):
         assert list(made(int.__neg__, np.array([4, 1, 3]), workers=workers)) == [
-            (4, -4), (1, -1), (3, -3)]
+            (4, -4),
+            (1, -1),
+            (3, -3),
+        ]
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
-    other = ("import sys; from pathlib import Path; from data.packed import held\n"
-             "try:\n  with held(Path(sys.argv[1])): print('free')\n"
-             "except BlockingIOError: print('held')")
+    other = (
+        "import sys; from pathlib import Path; from data.packed import held\n"
+        "try:\n  with held(Path(sys.argv[1])): print('free')\n"
+        "except BlockingIOError: print('held')"
+    )
 
     def ask():
-        return subprocess.run([sys.executable, "-c", other, str(tmp_path)], cwd=ROOT, text=True,
-                              capture_output=True, check=True).stdout.strip()
+        return subprocess.run(
+            [sys.executable, "-c", other, str(tmp_path)],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout.strip()
+
     with held(tmp_path):
         assert ask() == "held"
     assert ask() == "free"
@@ -223,9 +237,23 @@ def turned(orientation):
     return exif
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"progressive": True}, {"subsampling": 0}, {"exif": turned(6)}, {"exif": turned(3)},
-    {"keep_rgb": True}, {"restart_marker_rows": 1}, "L", "CMYK", "cut", "empty", "stray"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"exif": turned(6)},
+        {"exif": turned(3)},
+        {"keep_rgb": True},
+        {"restart_marker_rows": 1},
+        "L",
+        "CMYK",
+        "cut",
+        "empty",
+        "stray",
+    ],
+)
 def test_torchcodec_and_pillow_give_the_same_pixels(tmp_path, monkeypatch, options):
     pytest.importorskip("torchcodec")
     path, image = tmp_path / "x.jpg", Image.fromarray(pixels(1))
@@ -234,14 +262,20 @@ def test_torchcodec_and_pillow_give_the_same_pixels(tmp_path, monkeypatch, optio
     else:
         image.convert(options if options in ("L", "CMYK") else "RGB").save(path, "JPEG")
         data = path.read_bytes()
-        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"",
-                          "stray": data[:2] + b"\0\0" + data[2:]}.get(options, data))
+        path.write_bytes(
+            {
+                "cut": data[: len(data) // 2],
+                "empty": b"",
+                "stray": data[:2] + b"\0\0" + data[2:],
+            }.get(options, data)
+        )
 
     def read():
         try:
             return read_rgb(path)
         except OSError:
             return None
+
     fast = read()
     monkeypatch.setattr(images, "fast_jpeg", lambda: None)
     plain = read()
@@ -256,6 +290,7 @@ def test_torchcodec_is_used_where_it_is_installed(tmp_path, monkeypatch):
     def decode_jpeg(data, mode):
         asked.append(mode)
         return torch.zeros(1, 2, 3, dtype=torch.uint8)
+
     monkeypatch.setattr(images, "fast_jpeg", lambda: decode_jpeg)
     (tmp_path / "x.jpg").write_bytes(jpeg(0))
     assert read_rgb(tmp_path / "x.jpg").shape == (3, 2, 3) and asked == ["UNCHANGED"]

@@ -27,8 +27,14 @@ def model():
 
 @pytest.fixture
 def checkpoint(model):
-    torch.save({"model": model.state_dict(), "classes": CLASSES,
-                "config": {"model": "resnet18", "img_size": 48}}, "best.pt")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "classes": CLASSES,
+            "config": {"model": "resnet18", "img_size": 48},
+        },
+        "best.pt",
+    )
     return "best.pt"
 
 
@@ -78,8 +84,10 @@ def test_unreadable_images_are_named_counted_and_end_in_1(model, checkpoint, cap
     assert ended.value.code == 1
     out, err = capsys.readouterr()
     assert out.startswith("in/good.png: ") and len(out.splitlines()) == 1
-    assert err.splitlines() == ["in/bad.jpg: cannot be read as an image",
-                                "1 of 2 images cannot be read"]
+    assert err.splitlines() == [
+        "in/bad.jpg: cannot be read as an image",
+        "1 of 2 images cannot be read",
+    ]
     assert len(Path("all.csv").read_text().splitlines()) == 2
 
 
@@ -89,8 +97,7 @@ def test_weights_with_and_without_their_json(model, capsys):
     call("one.png", "--checkpoint", "w.pt")
     at_224 = wanted(model, "one.png", 224)
     number = CLASSES.index(at_224[0][0])
-    assert capsys.readouterr().out.startswith(
-        f"one.png: class {number} {100 * at_224[0][1]:.1f} %")
+    assert capsys.readouterr().out.startswith(f"one.png: class {number} {100 * at_224[0][1]:.1f} %")
     sha = predict.load_trained("w.pt")[1]["sha256"]
     Path("w.json").write_text(json.dumps({"class_names": CLASSES, "img_size": 64, "sha256": sha}))
     call("one.png", "--checkpoint", "w.pt")
@@ -118,13 +125,16 @@ def test_a_name_that_is_no_text_can_be_shown(checkpoint, capsys):
     assert b"caf\xe9.png," in Path("all.csv").read_bytes()
 
 
-@pytest.mark.parametrize(("words", "told"), [
-    (["none.png"], "none.png: no such file"),
-    (["empty"], "empty: no images"),
-    (["one.png", "--csv", "no/where.csv"], "there is no folder no"),
-    (["one.png", "--batch_size", "0"], "--batch_size"),
-    ([], "required: IMAGE"),
-])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["none.png"], "none.png: no such file"),
+        (["empty"], "empty: no images"),
+        (["one.png", "--csv", "no/where.csv"], "there is no folder no"),
+        (["one.png", "--batch_size", "0"], "--batch_size"),
+        ([], "required: IMAGE"),
+    ],
+)
 def test_wrong_input_is_one_line(checkpoint, words, told):
     Path("empty").mkdir()
     write_image(Path("one.png"), 1)

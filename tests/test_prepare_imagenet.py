@@ -78,8 +78,10 @@ def write_train_tar() -> Path:
 
 def write_val_tar() -> Path:
     # Not in the order of the names: labels go by name, not by position.
-    return write("src/ILSVRC2012_img_val.tar",
-                 tar({name: image(name) for name in sorted(LABELS, reverse=True)}))
+    return write(
+        "src/ILSVRC2012_img_val.tar",
+        tar({name: image(name) for name in sorted(LABELS, reverse=True)}),
+    )
 
 
 def write_train_folder(root: str, inner: str = "") -> None:
@@ -94,28 +96,46 @@ def write_flat_val(root: str) -> None:
 
 
 def write_valprep(path: str = "src/valprep.sh") -> None:
-    write(path, "mkdir -p " + " ".join(VAL) + "\n" + "".join(
-        f"mv {name} {wnid}/\n" for name, wnid in LABELS.items()))
+    write(
+        path,
+        "mkdir -p "
+        + " ".join(VAL)
+        + "\n"
+        + "".join(f"mv {name} {wnid}/\n" for name, wnid in LABELS.items()),
+    )
 
 
 def devkit_files() -> dict[str, bytes]:
     """The devkit's two files that matter; meta.mat with two synsets above the classes."""
     savemat = pytest.importorskip("scipy.io").savemat
-    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children",
-              "wordnet_height", "num_train_images")
-    rows = [(i, wnid, f"word {i}, other {i}", "gloss", 0, [], 0, TRAIN_PER_CLASS)
-            for i, wnid in enumerate(WNIDS, 1)]
-    rows += [(4, "n02083346", "canine", "gloss", 2, [1, 2], 1, 0),
-             (5, "n00001740", "entity", "gloss", 2, [3, 4], 2, 0)]
+    fields = (
+        "ILSVRC2012_ID",
+        "WNID",
+        "words",
+        "gloss",
+        "num_children",
+        "children",
+        "wordnet_height",
+        "num_train_images",
+    )
+    rows = [
+        (i, wnid, f"word {i}, other {i}", "gloss", 0, [], 0, TRAIN_PER_CLASS)
+        for i, wnid in enumerate(WNIDS, 1)
+    ]
+    rows += [
+        (4, "n02083346", "canine", "gloss", 2, [1, 2], 1, 0),
+        (5, "n00001740", "entity", "gloss", 2, [3, 4], 2, 0),
+    ]
     synsets = np.empty((len(rows), 1), dtype=[(name, object) for name in fields])
     for i, row in enumerate(rows):
         synsets[i, 0] = row
     meta = io.BytesIO()
     savemat(meta, {"synsets": synsets})
     root = "ILSVRC2012_devkit_t12/data"
-    return {f"{root}/meta.mat": meta.getvalue(),
-            f"{root}/ILSVRC2012_validation_ground_truth.txt":
-                "".join(f"{i}\n" for i in TRUTH).encode()}
+    return {
+        f"{root}/meta.mat": meta.getvalue(),
+        f"{root}/ILSVRC2012_validation_ground_truth.txt": "".join(f"{i}\n" for i in TRUTH).encode(),
+    }
 
 
 def write_devkit_tar() -> Path:
@@ -123,8 +143,18 @@ def write_devkit_tar() -> Path:
 
 
 def prepare(*flags: str, checksum: bool = False) -> None:
-    main(["--source", "src", "--out", "out", "--workers", "2",
-          *([] if checksum else ["--no_checksum"]), *flags])
+    main(
+        [
+            "--source",
+            "src",
+            "--out",
+            "out",
+            "--workers",
+            "2",
+            *([] if checksum else ["--no_checksum"]),
+            *flags,
+        ]
+    )
 
 
 def verify() -> int:
@@ -136,17 +166,24 @@ def verify() -> int:
 
 
 def contents(root: str = "out") -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob("*")
-            if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in Path(root).rglob("*")
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def expected(wnids=WNIDS) -> dict[str, bytes]:
-    return {f"{split}/{wnid}/{name}": image(name)
-            for split, names in (("train", TRAIN), ("val", VAL))
-            for wnid in wnids for name in names[wnid]}
+    return {
+        f"{split}/{wnid}/{name}": image(name)
+        for split, names in (("train", TRAIN), ("val", VAL))
+        for wnid in wnids
+        for name in names[wnid]
+    }
 
 
 # What people have -------------------------------------------------------------------------------
+
 
 def test_official_archives_with_the_devkit_become_a_tree(capsys):
     write_train_tar(), write_val_tar(), write_devkit_tar()
@@ -155,7 +192,8 @@ def test_official_archives_with_the_devkit_become_a_tree(capsys):
     assert contents() == expected()
     assert contents("src") == before
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "9 train and 6 val images in 3 classes; next: python pretrain_imagenet.py --data_dir out")
+        "9 train and 6 val images in 3 classes; next: python pretrain_imagenet.py --data_dir out"
+    )
     assert [len(part) for part in load_imagenet("out")] == [9, 6, 3]
 
 
@@ -187,8 +225,9 @@ def test_kaggle(folder):
     with open("src/LOC_val_solution.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["ImageId", "PredictionString"])
-        rows.writerows([name[:-5], f"{wnid} 85 1 499 272 {wnid} 3 4 5 6 "]
-                       for name, wnid in LABELS.items())
+        rows.writerows(
+            [name[:-5], f"{wnid} 85 1 499 272 {wnid} 3 4 5 6 "] for name, wnid in LABELS.items()
+        )
     prepare()
     assert contents() == expected()
 
@@ -223,8 +262,10 @@ def test_tiny_imagenet():
     write_train_folder("src/train", inner="images")
     write("src/train/n02119789/n02119789_boxes.txt", "n02119789_0.JPEG\t0\t0\t1\t1\n")
     write_flat_val("src/val/images")
-    write("src/val/val_annotations.txt",
-          "".join(f"{name}\t{wnid}\t0\t32\t44\t62\n" for name, wnid in LABELS.items()))
+    write(
+        "src/val/val_annotations.txt",
+        "".join(f"{name}\t{wnid}\t0\t32\t44\t62\n" for name, wnid in LABELS.items()),
+    )
     prepare()
     assert contents() == expected()
 
@@ -251,6 +292,7 @@ def test_a_tree_is_hard_linked_copied_on_request_and_symlinked_to_other_disks(mo
 
     def other_disk(*args, **kwargs):
         raise OSError(18, "Invalid cross-device link")
+
     monkeypatch.setattr(os, "link", other_disk)
     prepare()
     assert contents() == expected()
@@ -271,6 +313,7 @@ def test_links_of_a_linked_tree_point_at_the_files():
 
 # Subsets ----------------------------------------------------------------------------------------
 
+
 def test_subset_by_number_is_the_same_every_time_and_takes_both_splits():
     write_train_tar(), write_val_tar(), write_valprep()
     prepare("--subset", "2")
@@ -288,8 +331,12 @@ def test_subset_by_file_and_what_is_refused():
     prepare("--subset", "list.txt")
     assert contents() == expected(["n02119789", "n01440764"])
     write("list.txt", "n02119789\nn99999999\n")
-    for subset, message in (("list.txt", "'n99999999'"), ("4", "has 3 classes"), ("0", "3 classes"),
-                            ("nowhere.txt", "neither a number nor a file")):
+    for subset, message in (
+        ("list.txt", "'n99999999'"),
+        ("4", "has 3 classes"),
+        ("0", "3 classes"),
+        ("nowhere.txt", "neither a number nor a file"),
+    ):
         with pytest.raises(DataError, match=message):
             prepare("--subset", subset)
     with pytest.raises(DataError, match="not one of the classes to prepare.*empty --out"):
@@ -298,10 +345,13 @@ def test_subset_by_file_and_what_is_refused():
 
 # Interruptions ----------------------------------------------------------------------------------
 
+
 def test_killed_in_the_middle_of_a_class_then_resumed():
     """kill -9 of the main process while a worker is between two images of a class."""
     write_train_tar(), write_val_tar(), write_valprep()
-    write("interrupted.py", """
+    write(
+        "interrupted.py",
+        """
 import os, signal, sys, tarfile, time
 from multiprocessing import parent_process
 
@@ -319,16 +369,23 @@ from tools.prepare_imagenet import main
 
 if __name__ == "__main__":
     main(["--source", "src", "--out", "out", "--no_checksum", "--workers", "1"])
-""")
-    killed = subprocess.run([sys.executable, "interrupted.py"], capture_output=True, timeout=60,
-                            env={**os.environ, "PYTHONPATH": str(REPO)})
+""",
+    )
+    killed = subprocess.run(
+        [sys.executable, "interrupted.py"],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
     assert killed.returncode == -9, killed.stderr.decode()
     worker, end = int(Path("worker").read_text()), time.monotonic() + 10
     while running(worker):  # an orphan would write beside the run that resumes
         assert time.monotonic() < end, "the worker outlived its parent"
         time.sleep(0.02)
-    assert contents() == {**{k: v for k, v in expected().items() if "train/n01440764" in k},
-                          "train/.n02100735.part/n02100735_0.JPEG": image("n02100735_0.JPEG")}
+    assert contents() == {
+        **{k: v for k, v in expected().items() if "train/n01440764" in k},
+        "train/.n02100735.part/n02100735_0.JPEG": image("n02100735_0.JPEG"),
+    }
     assert verify() == 1
     kept = os.stat("out/train/n01440764").st_ino
     prepare()
@@ -347,11 +404,14 @@ def running(pid: int) -> bool:
     return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
-@pytest.mark.parametrize("harm", [
-    lambda folder: (folder / "n02100735_1.JPEG").unlink(),  # tar interrupted by hand
-    lambda folder: (folder / "n02100735_1.JPEG").write_bytes(b""),  # power cut
-    lambda folder: (folder / "mine.JPEG").write_bytes(b"x"),
-])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "n02100735_1.JPEG").unlink(),  # tar interrupted by hand
+        lambda folder: (folder / "n02100735_1.JPEG").write_bytes(b""),  # power cut
+        lambda folder: (folder / "mine.JPEG").write_bytes(b"x"),
+    ],
+)
 def test_folders_that_only_look_finished_are_named_and_left_alone(harm):
     write_train_tar(), write_val_tar(), write_valprep()
     prepare()
@@ -374,6 +434,7 @@ def test_two_runs_do_not_write_one_tree():
 
 # Bad archives and bad places --------------------------------------------------------------------
 
+
 def test_archives_of_the_official_names_need_the_official_checksums(monkeypatch):
     train, _, _ = write_train_tar(), write_val_tar(), write_valprep()
     with pytest.raises(DataError, match="ILSVRC2012_img_train.tar has MD5.*--no_checksum"):
@@ -390,8 +451,9 @@ def test_archives_of_the_official_names_need_the_official_checksums(monkeypatch)
 def evil(kind: str) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        member = tarfile.TarInfo({"absolute": "/tmp/n1.JPEG", "parent": "../../n1.JPEG"}.get(
-            kind, "n1.JPEG"))
+        member = tarfile.TarInfo(
+            {"absolute": "/tmp/n1.JPEG", "parent": "../../n1.JPEG"}.get(kind, "n1.JPEG")
+        )
         if kind == "symlink":
             member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
         if kind == "hardlink":
@@ -458,19 +520,31 @@ def half_moved():
     shutil.move("src/val/ILSVRC2012_val_00000001.JPEG", "src/val/n01440764")
 
 
-@pytest.mark.parametrize("harm, message", [
-    (no_labels, "no labels of the validation images: put valprep.sh"),
-    (one_label_less, r"no label is known for 1 of 6 .*00000003"),
-    (lambda: Path("src/val/ILSVRC2012_val_00000002.JPEG").unlink(), "it lacks 1 of 6 .*00000002"),
-    (lambda: write("src/valprep.sh", "<html>"), "valprep.sh has no labels"),
-    (half_moved, "5 loose images beside filled class folders"),
-    (lambda: shutil.rmtree("src/val"), "has no val images: expected ILSVRC2012_img_val.tar"),
-    (lambda: shutil.rmtree("src/train"), "has no train images: expected ILSVRC2012_img_train.tar"),
-    (lambda: shutil.rmtree("src"), "src is not a folder"),
-    (lambda: shutil.rmtree("src/train/n01440764"), "1 classes have val images and no train"),
-    (lambda: write("src/ILSVRC2012_img_train.tar", tar({"a.JPEG": b"x"})), "expected only class"),
-    (lambda: write("src/ILSVRC2012_img_train.tar", b"<html>not found</html>"), "is damaged"),
-])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (no_labels, "no labels of the validation images: put valprep.sh"),
+        (one_label_less, r"no label is known for 1 of 6 .*00000003"),
+        (
+            lambda: Path("src/val/ILSVRC2012_val_00000002.JPEG").unlink(),
+            "it lacks 1 of 6 .*00000002",
+        ),
+        (lambda: write("src/valprep.sh", "<html>"), "valprep.sh has no labels"),
+        (half_moved, "5 loose images beside filled class folders"),
+        (lambda: shutil.rmtree("src/val"), "has no val images: expected ILSVRC2012_img_val.tar"),
+        (
+            lambda: shutil.rmtree("src/train"),
+            "has no train images: expected ILSVRC2012_img_train.tar",
+        ),
+        (lambda: shutil.rmtree("src"), "src is not a folder"),
+        (lambda: shutil.rmtree("src/train/n01440764"), "1 classes have val images and no train"),
+        (
+            lambda: write("src/ILSVRC2012_img_train.tar", tar({"a.JPEG": b"x"})),
+            "expected only class",
+        ),
+        (lambda: write("src/ILSVRC2012_img_train.tar", b"<html>not found</html>"), "is damaged"),
+    ],
+)
 def test_wrong_sources_get_one_line_before_anything_is_written(harm, message):
     write_train_folder("src/train")
     write_flat_val("src/val")
@@ -519,6 +593,7 @@ def test_the_source_is_never_written_into():
 
 # --verify and the command line ------------------------------------------------------------------
 
+
 def test_verify_lists_what_is_broken(capsys):
     write_tree()
     prepare("--copy")
@@ -542,14 +617,18 @@ def test_verify_reports_what_an_interruption_left(capsys):
     capsys.readouterr()
     assert verify() == 1
     assert capsys.readouterr().out == (
-        "broken: out/val/.n02100735.part is unfinished: run with --source again\n")
+        "broken: out/val/.n02100735.part is unfinished: run with --source again\n"
+    )
 
 
 def test_counts_of_the_full_set():
     def lines(train: int, val: int, classes: int = 1000) -> list[str]:
-        files = [type("Images", (list,), {"root": root})([0] * n)
-                 for root, n in (("train", train), ("val", val))]
+        files = [
+            type("Images", (list,), {"root": root})([0] * n)
+            for root, n in (("train", train), ("val", val))
+        ]
         return shortfall(*files, ["n"] * classes)
+
     assert lines(1_281_167, 50_000) == []
     assert lines(1_281_166, 50_000) == ["train has 1,281,166 images, ImageNet-1K has 1,281,167"]
     assert lines(1_281_167, 49_950) == ["val has 49,950 images, ImageNet-1K has 50,000"]
@@ -559,14 +638,22 @@ def test_counts_of_the_full_set():
 
 def test_the_command_line_says_one_line_and_exits_2():
     def call(*flags):
-        return subprocess.run([sys.executable, "-m", "tools.prepare_imagenet", *flags], cwd=REPO,
-                              capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "tools.prepare_imagenet", *flags],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+        )
+
     missing = call("--source", "/nowhere", "--out", "/nowhere/out", "--no-checksum")
     assert (missing.returncode, missing.stdout) == (2, "")
-    assert missing.stderr == ("error: --source /nowhere is not a folder: name the one with the "
-                              "downloads\n")
-    for flags, message in ((["--out", "x"], "--source is needed"),
-                           (["--out", "x", "--verify", "--copy"], "need --source"),
-                           (["--out", "x", "--verify", "--workers", "0"], "at least 1")):
+    assert missing.stderr == (
+        "error: --source /nowhere is not a folder: name the one with the downloads\n"
+    )
+    for flags, message in (
+        (["--out", "x"], "--source is needed"),
+        (["--out", "x", "--verify", "--copy"], "need --source"),
+        (["--out", "x", "--verify", "--workers", "0"], "at least 1"),
+    ):
         with pytest.raises(UsageError, match=message):
             parse_args(flags)

@@ -34,16 +34,28 @@ def tree(tmp_path_factory):
 
 
 def pretrain(tree, *flags, **named):
-    named = {"model": "resnet18", "img_size": 32, "batch_size": 4, "epochs": 3, "workers": 0,
-             "warmup_epochs": 1, **named}
-    line = [word for name, value in named.items() if value is not None
-            for word in (f"--{name}", str(value))]
+    named = {
+        "model": "resnet18",
+        "img_size": 32,
+        "batch_size": 4,
+        "epochs": 3,
+        "workers": 0,
+        "warmup_epochs": 1,
+        **named,
+    }
+    line = [
+        word
+        for name, value in named.items()
+        if value is not None
+        for word in (f"--{name}", str(value))
+    ]
     pretrain_imagenet.main(["--data_dir", str(tree), *line, *flags])
 
 
 def resume(tree, *flags):
-    pretrain_imagenet.main(["--data_dir", str(tree), "--workers", "0", "--resume",
-                            "checkpoints/latest.pt", *flags])
+    pretrain_imagenet.main(
+        ["--data_dir", str(tree), "--workers", "0", "--resume", "checkpoints/latest.pt", *flags]
+    )
 
 
 def weights(folder="weights", model="resnet18"):
@@ -52,8 +64,10 @@ def weights(folder="weights", model="resnet18"):
 
 def rows(folder="checkpoints"):
     lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMINGS}
-            for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in TIMINGS}
+        for line in lines
+    ]
 
 
 def assert_same(one, other):
@@ -81,8 +95,13 @@ def test_writes_what_the_guides_promise(tree, capsys):
     assert about == json.loads(Path("checkpoints/resnet18_imagenet.json").read_text())
     assert about["sha256"] == hashlib.sha256(content).hexdigest()
     last = rows()[-1]
-    assert (about["model"], about["classes"], about["epochs"], about["seed"], about["img_size"]) \
-        == ("resnet18", 3, 2, 42, 32)
+    assert (
+        about["model"],
+        about["classes"],
+        about["epochs"],
+        about["seed"],
+        about["img_size"],
+    ) == ("resnet18", 3, 2, 42, 32)
     assert (about["top1"], about["top5"]) == (last["val_top1"], last["val_top5"])
     assert about["class_names"] == ["banded", "blotchy", "bricked"]
     assert {"recipe", "command", "versions", "commit", "parameters"} <= about.keys()
@@ -94,8 +113,17 @@ def test_log_has_one_row_an_epoch_with_the_rate_used(tree):
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[0]["lr"] == 1.0
     assert lines[1]["lr"] == pytest.approx(0.1464466)  # (1 + cos(3/4 π)) / 2
-    assert lines[0].keys() == {"epoch", "lr", "train_loss", "val_loss", "val_top1", "val_top5",
-                               "images_per_s", "data_wait", "seconds"}
+    assert lines[0].keys() == {
+        "epoch",
+        "lr",
+        "train_loss",
+        "val_loss",
+        "val_top1",
+        "val_top5",
+        "images_per_s",
+        "data_wait",
+        "seconds",
+    }
 
 
 def test_final_weights_are_the_last_epochs_and_load_as_torchvisions(tree):
@@ -105,8 +133,10 @@ def test_final_weights_are_the_last_epochs_and_load_as_torchvisions(tree):
     assert build_model("resnet18", 3, "weights/resnet18_imagenet.pt", keep_head=True)
 
 
-@pytest.mark.parametrize("model, polls", [
-    ("resnet18", (2, 3)), ("twistnet18", (4, 1)), ("resnet18", (5, 2)), ("twistnet18", (7, 6))])
+@pytest.mark.parametrize(
+    "model, polls",
+    [("resnet18", (2, 3)), ("twistnet18", (4, 1)), ("resnet18", (5, 2)), ("twistnet18", (7, 6))],
+)
 def test_interrupted_twice_equals_uninterrupted_to_the_bit(tree, monkeypatch, model, polls):
     """A poll is before each of 4 steps, after them, and before each of 3 validation batches."""
     flags = {"model": model, "epochs": 2}
@@ -140,8 +170,9 @@ def test_number_of_workers_and_compile_do_not_matter(tree, monkeypatch):
     pretrain(tree, epochs=1, workers=2, checkpoint_dir="two", weights_dir="two")
     assert_same(weights(), weights("two"))
     compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile",
-                        lambda module: compiled(module, backend="eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compiled(module, backend="eager")
+    )
     pretrain(tree, "--compile", epochs=1, checkpoint_dir="compiled", weights_dir="compiled")
     assert_same(weights(), weights("compiled"))
 
@@ -152,8 +183,16 @@ def test_seed_matters(tree):
     assert not torch.equal(weights()["conv1.weight"], weights("other")["conv1.weight"])
 
 
-@pytest.mark.parametrize("flags", [["--lr", "0.2"], ["--batch_size", "8"], ["--seed", "1"],
-                                   ["--model", "seresnet18"], ["--img-size", "64"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lr", "0.2"],
+        ["--batch_size", "8"],
+        ["--seed", "1"],
+        ["--model", "seresnet18"],
+        ["--img-size", "64"],
+    ],
+)
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(tree, flags):
     pretrain(tree, epochs=1)
     with pytest.raises(RunError, match=f"{flags[0].replace('-size', '_size')} .*contradicts"):
@@ -175,8 +214,9 @@ def test_resume_of_nothing_and_of_what_is_no_checkpoint(tree):
     assert not Path("checkpoints").exists()
     pretrain(tree, epochs=1)
     with pytest.raises(RunError, match="weights file"):
-        pretrain_imagenet.main(["--data_dir", str(tree), "--resume",
-                                "weights/resnet18_imagenet.pt"])
+        pretrain_imagenet.main(
+            ["--data_dir", str(tree), "--resume", "weights/resnet18_imagenet.pt"]
+        )
     resume_auto = ["--data_dir", str(tree), "--workers", "0", "--resume", "auto"]
     pretrain_imagenet.main(resume_auto)  # finished: writes its outputs again
 
@@ -193,24 +233,30 @@ def test_ranks_that_read_different_checkpoints_do_not_start(tree, monkeypatch):
     class Two(World):
         def gather(self, value):
             return [value, value + 1] if isinstance(value, int) else [value]
+
     pretrain(tree, epochs=1)
-    monkeypatch.setattr(pretrain_imagenet, "start_processes",
-                        lambda: Two(0, 1, 0, 1, torch.device("cpu")))
+    monkeypatch.setattr(
+        pretrain_imagenet, "start_processes", lambda: Two(0, 1, 0, 1, torch.device("cpu"))
+    )
     with pytest.raises(RunError, match="ranks have read different states"):
         resume(tree, "--epochs", "2")
 
 
 def test_the_command_that_goes_on_keeps_folders_and_speed(tree, monkeypatch):
     stop_at_poll(monkeypatch, 2)
-    with pytest.raises(Preempted, match="--resume checkpoints/latest.pt --workers 0 "
-                                        "--weights_dir elsewhere --save_minutes 3.0$"):
+    with pytest.raises(
+        Preempted,
+        match="--resume checkpoints/latest.pt --workers 0 "
+        "--weights_dir elsewhere --save_minutes 3.0$",
+    ):
         pretrain(tree, weights_dir="elsewhere", save_minutes=3)
 
 
 def test_resume_on_other_data_is_refused(tree, tmp_path):
     pretrain(tree, epochs=1)
-    write_imagenet_tree(tmp_path / "more", train_per_class=7, val_per_class=3, size=40, seed=0,
-                        num_classes=3)
+    write_imagenet_tree(
+        tmp_path / "more", train_per_class=7, val_per_class=3, size=40, seed=0, num_classes=3
+    )
     with pytest.raises(RunError, match="3 classes and 21 training images; .* 3 classes and 18"):
         resume(tmp_path / "more")
 
@@ -222,7 +268,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tree, capsys):
         pretrain(tree, epochs=1)
     assert Path("checkpoints/latest.pt").read_bytes() == latest
     pretrain(tree, "--overwrite", epochs=1, seed=1)
-    aside, = Path("checkpoints").glob("overwritten-*")
+    (aside,) = Path("checkpoints").glob("overwritten-*")
     assert (aside / "latest.pt").read_bytes() == latest
     assert str(aside) in capsys.readouterr().out
 
@@ -232,10 +278,12 @@ def test_weights_of_another_run_are_renamed(tree, capsys):
     Path("weights/resnet18_imagenet.pt").write_bytes(b"twelve days")
     Path("weights/resnet18_imagenet.json").write_text("{}")
     pretrain(tree, epochs=1)
-    old, = Path("weights").glob("resnet18_imagenet.2*.pt")
+    (old,) = Path("weights").glob("resnet18_imagenet.2*.pt")
     assert old.read_bytes() == b"twelve days" and old.with_suffix(".json").exists()
-    assert f"weights/resnet18_imagenet.pt was another run's: it is now {old}" \
+    assert (
+        f"weights/resnet18_imagenet.pt was another run's: it is now {old}"
         in capsys.readouterr().out
+    )
     resume(tree)  # the same run writes over its own
     assert len(list(Path("weights").glob("*.pt"))) == 2
 
@@ -250,30 +298,48 @@ def test_small_sets_and_short_runs(tree, capsys):
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tree):
     from training.loop import Diverged
+
     with pytest.raises(Diverged, match=r"not finite at epoch \d step \d+, learning rate 1"):
         pretrain(tree, lr=1e12, warmup_epochs=0)
     assert not list(Path("weights").iterdir())
     assert json.loads(Path("checkpoints/status.json").read_text())["state"] == "diverged"
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--data_dir", "nowhere"], "nowhere/train is not there"),
-    (["--model", "resnet50"], "--model"),
-    (["--epochs", "0"], "--epochs"),
-    (["--epoch", "3"], "--epoch"),
-    (["--resume", "nothing.pt"], "nothing.pt: no such file"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data_dir", "nowhere"], "nowhere/train is not there"),
+        (["--model", "resnet50"], "--model"),
+        (["--epochs", "0"], "--epochs"),
+        (["--epoch", "3"], "--epoch"),
+        (["--resume", "nothing.pt"], "nothing.pt: no such file"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_2(flags, message):
-    done = subprocess.run([sys.executable, ROOT / "pretrain_imagenet.py", *flags],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "pretrain_imagenet.py", *flags], capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr
 
 
 def test_a_signalled_process_saves_and_leaves_with_75(tree):
-    command = [sys.executable, ROOT / "pretrain_imagenet.py", "--data_dir", tree, "--model",
-               "resnet18", "--img_size", "32", "--batch_size", "4", "--epochs", "500",
-               "--workers", "1"]
+    command = [
+        sys.executable,
+        ROOT / "pretrain_imagenet.py",
+        "--data_dir",
+        tree,
+        "--model",
+        "resnet18",
+        "--img_size",
+        "32",
+        "--batch_size",
+        "4",
+        "--epochs",
+        "500",
+        "--workers",
+        "1",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = Path("checkpoints/log.jsonl")
     while not (log.exists() and log.read_text()):
@@ -296,10 +362,24 @@ def test_a_signalled_process_saves_and_leaves_with_75(tree):
 
 def torchrun(tree, *flags):
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-         "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-         str(ROOT / "pretrain_imagenet.py"), "--data_dir", str(tree), "--workers", "1", *flags],
-        capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=0",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=localhost:0",
+            str(ROOT / "pretrain_imagenet.py"),
+            "--data_dir",
+            str(tree),
+            "--workers",
+            "1",
+            *flags,
+        ],
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_torchrun_with_two_processes_and_on_with_one(tree):
@@ -329,5 +409,6 @@ def test_validation_counts_do_not_depend_on_the_number_of_processes(tree):
     assert done.returncode == 0, done.stderr
     got = rows()[0]
     assert [got[name] for name in ("val_top1", "val_top5")] == [
-        expected[name] for name in ("val_top1", "val_top5")]
+        expected[name] for name in ("val_top1", "val_top5")
+    ]
     assert got["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-12)

@@ -12,8 +12,11 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
-PARSE = {"pretrain_imagenet.py": pretrain_imagenet.parse_args, "run_all.py": run_all.parse_args,
-         "train.py": lambda argv: train.make_parser().parse_args(argv)}
+PARSE = {
+    "pretrain_imagenet.py": pretrain_imagenet.parse_args,
+    "run_all.py": run_all.parse_args,
+    "train.py": lambda argv: train.make_parser().parse_args(argv),
+}
 # The commands of the guides that users were given, beyond those that the README has too.
 GUIDES = """
 python pretrain_imagenet.py --data_dir /path/to/imagenet --batch_size 256 --epochs 600 --lr 0.1 --checkpoint_dir checkpoints
@@ -36,13 +39,19 @@ def blocks(readme, language="bash"):
 
 def tool_commands(readme):
     """Every `python -m tools.…` with its arguments, in the text as well as in the blocks."""
-    return [" ".join(command.split())
-            for command in re.findall(r"python -m tools\.[^`]+", text_of(readme))]
+    return [
+        " ".join(command.split())
+        for command in re.findall(r"python -m tools\.[^`]+", text_of(readme))
+    ]
 
 
 def script_lines(readme):
-    return [line for block in blocks(readme) for line in block.splitlines()
-            if any(script in line for script in PARSE)]
+    return [
+        line
+        for block in blocks(readme)
+        for line in block.splitlines()
+        if any(script in line for script in PARSE)
+    ]
 
 
 def test_the_first_two_blocks_are_one_command_line_each():
@@ -52,12 +61,13 @@ def test_the_first_two_blocks_are_one_command_line_each():
 
 
 @pytest.mark.parametrize(
-    "line", [*(line for readme in READMES for line in script_lines(readme)), *GUIDES])
+    "line", [*(line for readme in READMES for line in script_lines(readme)), *GUIDES]
+)
 def test_every_command_is_taken_as_written(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)
     script = next(word for word in words if word in PARSE)
-    arguments = words[words.index(script) + 1:]
+    arguments = words[words.index(script) + 1 :]
     if "--resume" in arguments:  # of a run that is not there
         with pytest.raises(ValueError, match="checkpoints/latest.pt: no such file"):
             PARSE[script](arguments)

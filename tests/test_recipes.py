@@ -34,10 +34,16 @@ def timm():
 
 # ---------------------------------------------------------------- the tables
 
+
 def test_a1_as_published():
     assert {name: A1[name] for name in FLAGS} == {
-        "epochs": 600, "batch_size": 256, "lr": 5e-3, "weight_decay": 0.01, "warmup_epochs": 5,
-        "label_smoothing": 0.1}
+        "epochs": 600,
+        "batch_size": 256,
+        "lr": 5e-3,
+        "weight_decay": 0.01,
+        "warmup_epochs": 5,
+        "label_smoothing": 0.1,
+    }
     assert (A1["global_batch"], A1["warmup_lr"], A1["min_lr"]) == (2048, 1e-4, 1e-6)
     assert (A1["mixup"], A1["cutmix"], A1["repeats"], A1["stochastic_depth"]) == (0.2, 1, 3, 0.05)
     assert A1["randaugment"] == "rand-m7-n2-mstd0.5-inc1"
@@ -46,14 +52,17 @@ def test_a1_as_published():
 
 def test_a_table_in_words():
     assert in_words({"lr": 0.1, "global_batch": None, "randaugment": [2, 9]}) == (
-        "lr 0.1; randaugment [2, 9]")
+        "lr 0.1; randaugment [2, 9]"
+    )
 
 
 # ---------------------------------------------------------------- each piece is timm's
 
+
 def test_loss_is_timms_on_the_targets_of_its_mixup(timm):
     from timm.data.mixup import mixup_target
     from timm.loss import BinaryCrossEntropy
+
     logits, labels = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.arange(6)
     theirs = BinaryCrossEntropy()(logits, mixup_target(labels % 5, 5, lam=0.3, smoothing=0.1))
     mixed = mixup_target(labels % 5, 5, lam=0.3, smoothing=0.0)
@@ -65,9 +74,16 @@ def test_loss_is_timms_on_the_targets_of_its_mixup(timm):
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_schedule_is_timms_at_every_update(timm, warmup):
     from timm.scheduler import CosineLRScheduler
+
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=5e-3)
-    theirs = CosineLRScheduler(optimizer, t_initial=60, lr_min=1e-6, warmup_t=warmup,
-                               warmup_lr_init=1e-4, t_in_epochs=False)
+    theirs = CosineLRScheduler(
+        optimizer,
+        t_initial=60,
+        lr_min=1e-6,
+        warmup_t=warmup,
+        warmup_lr_init=1e-4,
+        t_in_epochs=False,
+    )
     ours = make_schedule(A1, base=5e-3, total_steps=60, warmup_steps=warmup)
     for step in range(61):
         theirs.step_update(step)
@@ -83,6 +99,7 @@ def test_the_guides_schedule_is_the_one_it_names():
 
 def test_optimizer_is_timms_lamb_with_its_groups_for_decay(timm):
     from timm.optim import Lamb, param_groups_weight_decay
+
     model = build_model("twistnet18", 5, "none")
     ours = OPTIMIZERS["lamb"](model, lr=A1["lr"], weight_decay=A1["weight_decay"])
     theirs = param_groups_weight_decay(model, weight_decay=A1["weight_decay"])
@@ -90,24 +107,30 @@ def test_optimizer_is_timms_lamb_with_its_groups_for_decay(timm):
 
     def decay(groups):
         return {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+
     assert decay(ours.param_groups) == decay(theirs)
 
 
 def test_randaugment_is_timms_under_the_same_seed_and_leaves_the_generators_alone(timm):
     from PIL import Image
     from timm.data.auto_augment import rand_augment_transform
+
     image = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
     ours = make_augmentation(A1, size=40, seed=0, num_classes=3)[0].then
-    theirs = rand_augment_transform("rand-m7-mstd0.5-inc1", {
-        "translate_const": 18, "img_mean": tuple(round(255 * m) for m in IMAGENET_MEAN)})
+    theirs = rand_augment_transform(
+        "rand-m7-mstd0.5-inc1",
+        {"translate_const": 18, "img_mean": tuple(round(255 * m) for m in IMAGENET_MEAN)},
+    )
     changed = 0
     for key in range(20):
         random.seed(1)
         np.random.seed(1)
         with seeded(key):
             got = ours(image)
-        assert (random.random(), np.random.rand()) == (random.Random(1).random(),
-                                                       np.random.RandomState(1).rand())
+        assert (random.random(), np.random.rand()) == (
+            random.Random(1).random(),
+            np.random.RandomState(1).rand(),
+        )
         with seeded(key):
             seed = int(torch.randint(2**32, ()))
         random.seed(seed)
@@ -122,8 +145,13 @@ def test_a1_draws_nothing_for_the_device_but_its_mixing(timm):
     transform, augment = make_augmentation(A1, size=32, seed=0, num_classes=3)
     crop, draws = transform(torch.randint(256, (3, 50, 60), dtype=torch.uint8))
     assert crop.shape == (3, 32, 32) and draws.shape == (0, 2)
-    images, targets = augment(torch.stack([crop, crop.flip(1)]), torch.tensor([0, 1]),
-                              torch.stack([draws, draws]), step=0, micro=0)
+    images, targets = augment(
+        torch.stack([crop, crop.flip(1)]),
+        torch.tensor([0, 1]),
+        torch.stack([draws, draws]),
+        step=0,
+        micro=0,
+    )
     assert images.shape == (2, 3, 32, 32) and targets.sum(1).tolist() == pytest.approx([1, 1])
 
 
@@ -137,6 +165,7 @@ def test_without_timm_it_is_said_what_to_install(monkeypatch):
 
 
 # ---------------------------------------------------------------- stochastic depth
+
 
 @pytest.mark.parametrize("name", ["resnet18", "seresnet18", "twistnet18"])
 def test_a_block_leaves_out_its_whole_branch_image_by_image(name):
@@ -154,8 +183,9 @@ def test_a_block_leaves_out_its_whole_branch_image_by_image(name):
     kept = ~left_out
     block.drop_rate = 0.0
     branch = block.branch(x)
-    torch.testing.assert_close(out[kept], (branch[kept] / 0.3 + x[kept]).relu(), rtol=1e-4,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        out[kept], (branch[kept] / 0.3 + x[kept]).relu(), rtol=1e-4, atol=1e-5
+    )
     block.drop_rate = 0.7
     block.eval()
     assert torch.equal(block(x), (block.branch(x) + x).relu())
@@ -163,22 +193,35 @@ def test_a_block_leaves_out_its_whole_branch_image_by_image(name):
 
 # ---------------------------------------------------------------- runs
 
+
 @pytest.fixture
 def pretrain(timm, tmp_path, monkeypatch):
     """18 images in steps of 2 × 4: 2 steps an epoch of A1."""
-    write_imagenet_tree(tmp_path / "tree", train_per_class=6, val_per_class=3, size=40, seed=0,
-                        num_classes=3)
+    write_imagenet_tree(
+        tmp_path / "tree", train_per_class=6, val_per_class=3, size=40, seed=0, num_classes=3
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.setitem(A1, "global_batch", 8)
 
     def run(*flags):
         pretrain_imagenet.main(["--data_dir", "tree", "--workers", "0", *flags])
+
     return run
 
 
-NEW = ["--recipe", "a1", "--model", "resnet18", "--img_size", "32", "--batch_size", "4",
-       "--epochs", "2"]
+NEW = [
+    "--recipe",
+    "a1",
+    "--model",
+    "resnet18",
+    "--img_size",
+    "32",
+    "--batch_size",
+    "4",
+    "--epochs",
+    "2",
+]
 RESUME = ["--resume", "checkpoints/latest.pt"]
 
 

@@ -80,16 +80,25 @@ def test_nothing_to_lock_with_or_to_write_to_is_one_line(tmp_path, monkeypatch):
 
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
+
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     with pytest.raises(RunError, match="file system without locks .*No locks available"):
         Folder(tmp_path / "run").lock()
 
 
-@pytest.mark.parametrize(("name", "content", "expected"), [
-    (LATEST, "", True), (BEST, "", True), (PREVIOUS, "", True),
-    ("log.jsonl", '{"epoch": 1}\n', True), ("log.jsonl", "\n", False),
-    ("events.jsonl", "{}\n", False), ("status.json", "{}", False), (None, None, False),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        (LATEST, "", True),
+        (BEST, "", True),
+        (PREVIOUS, "", True),
+        ("log.jsonl", '{"epoch": 1}\n', True),
+        ("log.jsonl", "\n", False),
+        ("events.jsonl", "{}\n", False),
+        ("status.json", "{}", False),
+        (None, None, False),
+    ],
+)
 def test_what_counts_as_a_run(tmp_path, name, content, expected):
     if name:
         (tmp_path / name).write_text(content)
@@ -143,10 +152,18 @@ def test_status_is_replaced(tmp_path):
     assert read_json(tmp_path / "status.json") == {"state": "preempted", "epoch": 12, "step": 803}
 
 
-@pytest.mark.parametrize(("content", "expected"), [
-    (b'{"a": [1, 2.5, null]}', {"a": [1, 2.5, None]}),
-    (b"", None), (b"{", None), (b"[1]", None), (b"3", None), (b"\xff\xfe{}", None), (None, None),
-])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"a": [1, 2.5, null]}', {"a": [1, 2.5, None]}),
+        (b"", None),
+        (b"{", None),
+        (b"[1]", None),
+        (b"3", None),
+        (b"\xff\xfe{}", None),
+        (None, None),
+    ],
+)
 def test_read_json(tmp_path, content, expected):
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
@@ -176,8 +193,11 @@ def test_provenance_is_plain_text(monkeypatch):
 
 
 def git(root, *words):
-    subprocess.run(["git", "-C", root, "-c", "user.name=x", "-c", "user.email=x@y", *words],
-                   check=True, capture_output=True)
+    subprocess.run(
+        ["git", "-C", root, "-c", "user.name=x", "-c", "user.email=x@y", *words],
+        check=True,
+        capture_output=True,
+    )
 
 
 def test_the_commit_is_the_checkouts_own(tmp_path, monkeypatch):

@@ -46,8 +46,23 @@ def here(data, monkeypatch):
 
 
 def flags(run_dir, *more, models="resnet18", epochs=1) -> list[str]:
-    return ["--data_dir", "the data", "--models", models, "--epochs", str(epochs), "--img_size",
-            "32", "--pretrained", "none", "--workers", "0", "--run_dir", run_dir, *more]
+    return [
+        "--data_dir",
+        "the data",
+        "--models",
+        models,
+        "--epochs",
+        str(epochs),
+        "--img_size",
+        "32",
+        "--pretrained",
+        "none",
+        "--workers",
+        "0",
+        "--run_dir",
+        run_dir,
+        *more,
+    ]
 
 
 def call(*argv: str) -> int:
@@ -61,7 +76,11 @@ def swept(data) -> Path:
     """Two finished cells."""
     done = subprocess.run(
         [sys.executable, ROOT / "run_all.py", *flags("my runs", "--folds", "1-2", "--slots", "2")],
-        cwd=data.parent, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        cwd=data.parent,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("2 runs: 0 finished, 2 to do (0 of them begun)")
     assert "[2/2] dtd_fold" in done.stdout and "| resnet18 | 11.18" in done.stdout
@@ -94,8 +113,10 @@ def test_runs_of_other_settings_are_named_first_and_neither_reused_nor_touched(s
     assert call(*flags("my runs", "--folds", "1-2", epochs=2)) == 1
     out, err = capsys.readouterr()
     first, second, *_, last = err.splitlines()
-    assert first.startswith(f"not reused: {Path('my runs', ONE)} holds a run with other settings "
-                            "(epochs 1 → 2): --force moves it aside")
+    assert first.startswith(
+        f"not reused: {Path('my runs', ONE)} holds a run with other settings "
+        "(epochs 1 → 2): --force moves it aside"
+    )
     assert TWO in second
     assert last == f"failed or not reused: {ONE}, {TWO}"
     assert "0 to do (0 of them begun), 2 of other settings" in out
@@ -107,7 +128,7 @@ def test_dry_run_prints_commands_that_work_when_pasted(swept, capsys):
     before = files(swept)
     assert call(*flags("my runs", "--seeds", "42-43", "--dry_run")) == 0
     out, err = capsys.readouterr()
-    line, = out.splitlines()
+    (line,) = out.splitlines()
     assert not err and "--seed 43" in line
     assert call(*flags("my runs", "--dry_run", epochs=2)) == 0
     out, err = capsys.readouterr()
@@ -124,7 +145,7 @@ def test_force_runs_again_and_keeps_the_old_run(swept, capsys):
     old = (swept / ONE / "results.json").read_text()
     assert call(*flags("my runs", "--force")) == 0
     assert "--force: the old run now lies in" in capsys.readouterr().out
-    aside, = (swept / "overwritten").iterdir()
+    (aside,) = (swept / "overwritten").iterdir()
     assert aside.name.startswith(ONE) and (aside / "results.json").read_text() == old
     assert (aside / "output.log").exists()
     new = json.loads((swept / ONE / "results.json").read_text())
@@ -144,9 +165,11 @@ print("line of", name)
 @pytest.fixture
 def fake_train(monkeypatch, tmp_path):
     """Cells run this code instead of train.py."""
+
     def use(code: str) -> None:
         (tmp_path / "train.py").write_text(FAKE + code)
         monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+
     return use
 
 
@@ -158,7 +181,8 @@ def test_a_failed_run_is_tried_again_and_reported_with_its_last_lines(fake_train
     assert f"{ONE} failed; its output ends with\n    $ " in out and "once more" in out
     assert f"{ONE} failed twice; its output ends with\n" in out and f"    line of {ONE}" in out
     assert err.strip().endswith(f"failed or not reused: {ONE}, {TWO}") or (
-        err.strip().endswith(f"failed or not reused: {TWO}, {ONE}"))  # 2 left no results
+        err.strip().endswith(f"failed or not reused: {TWO}, {ONE}")
+    )  # 2 left no results
     assert (Path(run_dir) / ONE / "output.log").read_text().count("line of") == 2
     assert "2 of 2 missing" in out
 
@@ -170,9 +194,20 @@ def test_a_run_that_was_stopped_alone_leaves_the_sweep_unfinished(fake_train, tm
 
 
 def test_force_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
-    holder = subprocess.Popen([sys.executable, "-S", "-c", (
-        "import fcntl; f = open('.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True);"
-        "input()")], cwd=swept / TWO, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            (
+                "import fcntl; f = open('.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX);"
+                "print(1, flush=True); input()"
+            ),
+        ],
+        cwd=swept / TWO,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     holder.stdout.readline()
     before = files(swept)
     assert call(*flags("my runs", "--folds", "1-2", "--force")) == 3
@@ -181,32 +216,35 @@ def test_force_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
     assert files(swept) == before
 
 
-@pytest.mark.parametrize(("more", "words"), [
-    (["--folds", "1-3"], ["fold 3"]),
-    (["--folds", "3-1"], ["3-1"]),
-    (["--seeds", "1,1"], ["1,1"]),
-    (["--models", "resnet18,resnet50"], ["resnet50", "twistnet18_no_ais"]),
-    (["--fold", "1"], ["--fold is for train.py", "--folds"]),
-    (["--overwrite"], ["--force"]),
-    (["--epoch", "1"], ["--epoch"]),
-    (["--lr", "fast"], ["--lr", "fast"]),
-    (["--data_dir", "nowhere"], ["nowhere"]),
-    (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
-    (["--run_dir", "the data/labels/train1.txt"], ["--run_dir", "train1.txt"]),
-    (["--slots", "0"], ["--slots"]),
-    (["--slots", "2", "--gpus", "0"], ["--slots", "--gpus"]),
-    (["--gpus", "64"], ["--gpus 64"]),
-    (["--at_once", "3"], ["--at_once goes with --launcher slurm"]),
-    (["--launcher", "slurm", "--slots", "3"], ["--slots goes with --launcher local"]),
-    (["--launcher", "slurm", "--time", "1"], ["--time", "10"]),
-    (["--launcher", "slurm"], ["pip install submitit"]),
-])
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--folds", "1-3"], ["fold 3"]),
+        (["--folds", "3-1"], ["3-1"]),
+        (["--seeds", "1,1"], ["1,1"]),
+        (["--models", "resnet18,resnet50"], ["resnet50", "twistnet18_no_ais"]),
+        (["--fold", "1"], ["--fold is for train.py", "--folds"]),
+        (["--overwrite"], ["--force"]),
+        (["--epoch", "1"], ["--epoch"]),
+        (["--lr", "fast"], ["--lr", "fast"]),
+        (["--data_dir", "nowhere"], ["nowhere"]),
+        (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
+        (["--run_dir", "the data/labels/train1.txt"], ["--run_dir", "train1.txt"]),
+        (["--slots", "0"], ["--slots"]),
+        (["--slots", "2", "--gpus", "0"], ["--slots", "--gpus"]),
+        (["--gpus", "64"], ["--gpus 64"]),
+        (["--at_once", "3"], ["--at_once goes with --launcher slurm"]),
+        (["--launcher", "slurm", "--slots", "3"], ["--slots goes with --launcher local"]),
+        (["--launcher", "slurm", "--time", "1"], ["--time", "10"]),
+        (["--launcher", "slurm"], ["pip install submitit"]),
+    ],
+)
 def test_bad_input_is_one_line_before_any_run(more, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     run_dir = tmp_path / "runs"
     assert call(*flags(str(run_dir), *more)) == 2
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and all(word in line for word in words)
     assert not list(run_dir.glob("dtd_*"))
 
@@ -214,7 +252,11 @@ def test_bad_input_is_one_line_before_any_run(more, words, tmp_path, capsys, mon
 def start(run_dir: str, *more: str, epochs: int) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, ROOT / "run_all.py", *flags(run_dir, *more, epochs=epochs)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_until(condition, seconds: float = 90) -> None:
@@ -237,8 +279,10 @@ def check_each_epoch_ran_once(folder: Path, epochs: int) -> None:
 
 def test_a_sweep_goes_on_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
     folder, epochs = tmp_path / ONE, 10
-    for stop in (lambda sweep: os.killpg(sweep.pid, signal.SIGINT),  # as Ctrl-C does
-                 lambda sweep: sweep.kill()):
+    for stop in (
+        lambda sweep: os.killpg(sweep.pid, signal.SIGINT),  # as Ctrl-C does
+        lambda sweep: sweep.kill(),
+    ):
         seen = len(logged(folder))
         sweep = start(str(tmp_path), epochs=epochs)
         wait_until(lambda seen=seen: len(logged(folder)) > seen)

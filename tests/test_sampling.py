@@ -17,26 +17,32 @@ def global_steps(world, *, images=23, micro_batches=4, steps=10):
     """The micro-batches of each global step, put together from those of all ranks."""
     ranks = []
     for rank in range(world):
-        sampler = StepSampler(images, seed=5, micro_batch=2, micro_batches=micro_batches,
-                              rank=rank, world=world)
+        sampler = StepSampler(
+            images, seed=5, micro_batch=2, micro_batches=micro_batches, rank=rank, world=world
+        )
         share = micro_batches // world
         mine = batches(sampler, 0, steps)
         ranks.append([mine[i : i + share] for i in range(0, len(mine), share)])
-    return [[ranks[micro % world][step][micro // world] for micro in range(micro_batches)]
-            for step in range(steps)]
+    return [
+        [ranks[micro % world][step][micro // world] for micro in range(micro_batches)]
+        for step in range(steps)
+    ]
 
 
-@pytest.mark.parametrize(("images", "micro", "micros", "expected"), [
-    # micro-batch, global batch and steps an epoch, worked by hand
-    (10, 4, 1, (4, 4, 2)),
-    (10, 4, 2, (4, 8, 1)),
-    (8, 4, 2, (4, 8, 1)),
-    (7, 4, 2, (3, 6, 1)),  # smaller than a step: one step of smaller micro-batches
-    (3, 256, 1, (3, 3, 1)),
-    (5, 2, 4, (1, 4, 1)),
-    (1, 32, 1, (1, 1, 1)),
-    (1_281_167, 256, 4, (256, 1024, 1251)),
-])
+@pytest.mark.parametrize(
+    ("images", "micro", "micros", "expected"),
+    [
+        # micro-batch, global batch and steps an epoch, worked by hand
+        (10, 4, 1, (4, 4, 2)),
+        (10, 4, 2, (4, 8, 1)),
+        (8, 4, 2, (4, 8, 1)),
+        (7, 4, 2, (3, 6, 1)),  # smaller than a step: one step of smaller micro-batches
+        (3, 256, 1, (3, 3, 1)),
+        (5, 2, 4, (1, 4, 1)),
+        (1, 32, 1, (1, 1, 1)),
+        (1_281_167, 256, 4, (256, 1024, 1251)),
+    ],
+)
 def test_sizes(images, micro, micros, expected):
     sampler = StepSampler(images, seed=0, micro_batch=micro, micro_batches=micros)
     assert (sampler.micro_batch, sampler.global_batch, sampler.steps_per_epoch) == expected
@@ -76,6 +82,7 @@ def test_a_global_step_is_the_same_on_1_2_and_4_ranks():
 def test_resumed_at_any_step_it_goes_on_with_the_tail(rank):
     def make():
         return StepSampler(11, seed=1, micro_batch=1, micro_batches=4, rank=rank, world=2)
+
     whole = batches(make(), 0, 7)
     assert len(whole) == 14
     for step in range(8):
@@ -123,8 +130,9 @@ def test_repeats_fill_an_epoch_with_a_third_of_its_images():
     order, micros = sampler.order(0), list(sampler)
     assert len(micros) == len(sampler) == 6
     drawn = sorted(key for micro in micros for key in micro)
-    assert drawn == sorted((0, index, repeat) for index in order[:8].tolist()
-                           for repeat in range(3))
+    assert drawn == sorted(
+        (0, index, repeat) for index in order[:8].tolist() for repeat in range(3)
+    )
     assert micros[1] == [(0, index, 1) for index in order[:4].tolist()]
     for micro in micros:  # an image's repeats are in micro-batches of their own
         assert len({index for _, index, _ in micro}) == 4
@@ -133,8 +141,18 @@ def test_repeats_fill_an_epoch_with_a_third_of_its_images():
 @pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
 def test_repeats_are_not_side_by_side_and_are_shared_alike(micro_batches):
     def keys(rank=0, world=1):
-        return list(StepSampler(200, seed=1, micro_batch=64 // micro_batches, repeats=3, rank=rank,
-                                micro_batches=micro_batches, world=world))
+        return list(
+            StepSampler(
+                200,
+                seed=1,
+                micro_batch=64 // micro_batches,
+                repeats=3,
+                rank=rank,
+                micro_batches=micro_batches,
+                world=world,
+            )
+        )
+
     alone = keys()
     for micro in alone:  # mixing takes the neighbour, and the last one's is the first
         assert all(a[1] != b[1] for a, b in zip(micro, micro[1:] + micro[:1], strict=True))

@@ -23,18 +23,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def job(tmp_path: Path, code: str) -> CellJob:
-    start = f"import os, signal, sys, time; os.chdir({str(tmp_path)!r})\n" \
-            "open('starts', 'a').write('x'); starts = os.path.getsize('starts')\n"
+    start = (
+        f"import os, signal, sys, time; os.chdir({str(tmp_path)!r})\n"
+        "open('starts', 'a').write('x'); starts = os.path.getsize('starts')\n"
+    )
     return CellJob(Cell(tmp_path, [sys.executable, "-S", "-c", start + code]), {"THREADS": "7"})
 
 
-@pytest.mark.parametrize(("code", "starts"), [
-    ("pass", 1),
-    ("sys.exit(starts == 1)", 2),  # failed once
-    ("sys.exit([3, 3, 0][starts - 1])", 3),  # busy: another launcher has it
-    ("sys.exit([75, 0][starts - 1])", 2),  # stopped, and nobody ended the job after that
-    ("sys.exit(os.environ['THREADS'] != '7')", 1),
-])
+@pytest.mark.parametrize(
+    ("code", "starts"),
+    [
+        ("pass", 1),
+        ("sys.exit(starts == 1)", 2),  # failed once
+        ("sys.exit([3, 3, 0][starts - 1])", 3),  # busy: another launcher has it
+        ("sys.exit([75, 0][starts - 1])", 2),  # stopped, and nobody ended the job after that
+        ("sys.exit(os.environ['THREADS'] != '7')", 1),
+    ],
+)
 def test_a_job_runs_until_its_cell_is_finished(tmp_path, monkeypatch, code, starts):
     monkeypatch.setattr(slurm, "BUSY_POLL", 0.05)
     monkeypatch.setattr(slurm, "LAST_WAIT", 0.05)
@@ -42,8 +47,9 @@ def test_a_job_runs_until_its_cell_is_finished(tmp_path, monkeypatch, code, star
     assert (tmp_path / "starts").stat().st_size == starts
 
 
-@pytest.mark.parametrize(("code", "starts"), [("print('oh'); sys.exit(1)", 2),
-                                              ("print('oh'); sys.exit(2)", 1)])
+@pytest.mark.parametrize(
+    ("code", "starts"), [("print('oh'); sys.exit(1)", 2), ("print('oh'); sys.exit(2)", 1)]
+)
 def test_a_job_fails_with_the_last_lines(tmp_path, code, starts):
     with pytest.raises(SweepError, match=r"exit code [12]; its output ends with[^$]*\$[^$]*oh"):
         job(tmp_path, code)()
@@ -52,8 +58,10 @@ def test_a_job_fails_with_the_last_lines(tmp_path, code, starts):
 
 def test_preempted_it_has_the_run_save_before_it_is_queued_again(tmp_path):
     pytest.importorskip("submitit", reason="pip install submitit")
-    saving = "def save(*_):\n    time.sleep(0.5); open('saved', 'w'); sys.exit(75)\n" \
-             "signal.signal(signal.SIGTERM, save); open('up', 'w'); time.sleep(60)"
+    saving = (
+        "def save(*_):\n    time.sleep(0.5); open('saved', 'w'); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save); open('up', 'w'); time.sleep(60)"
+    )
     one = job(tmp_path, saving)
     again = []
 
@@ -119,28 +127,65 @@ def wait_until(condition, seconds: float, ask) -> None:
 def test_a_sweep_on_a_cluster_survives_a_preemption(cluster, tmp_path):
     """Four runs, two at a time; a job of a better partition takes the place of one of them."""
     write_dtd(tmp_path / "the data", images_per_class=120, folds=2, size=40, seed=1, num_classes=4)
-    command = [sys.executable, ROOT / "run_all.py", "--data_dir", "the data", "--models",
-               "resnet18", "--folds", "1-2", "--seeds", "1,2", "--epochs", "10", "--img_size",
-               "32", "--pretrained", "none", "--workers", "0", "--run_dir", "my runs"]
+    command = [
+        sys.executable,
+        ROOT / "run_all.py",
+        "--data_dir",
+        "the data",
+        "--models",
+        "resnet18",
+        "--folds",
+        "1-2",
+        "--seeds",
+        "1,2",
+        "--epochs",
+        "10",
+        "--img_size",
+        "32",
+        "--pretrained",
+        "none",
+        "--workers",
+        "0",
+        "--run_dir",
+        "my runs",
+    ]
     submitted = subprocess.run(
-        [*command, "--launcher", "slurm", "--partition", "low", "--gpus_per_task", "0",
-         "--at_once", "2"], cwd=tmp_path, capture_output=True, text=True)
+        [
+            *command,
+            "--launcher",
+            "slurm",
+            "--partition",
+            "low",
+            "--gpus_per_task",
+            "0",
+            "--at_once",
+            "2",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert submitted.returncode == 0, submitted.stderr
     array = submitted.stdout.split("Slurm job array ")[1].split(":")[0]
     collect = submitted.stdout.splitlines()[-1].strip()
 
     runs = tmp_path / "my runs"
-    wait_until(lambda: any(path.read_text().strip() for path in runs.glob("*/log.jsonl")), 90,
-               cluster)
-    assert cluster("sbatch", "--parsable", "--partition", "high", "--output", "/dev/null",
-                   "--wrap", "true").isdigit()
+    wait_until(
+        lambda: any(path.read_text().strip() for path in runs.glob("*/log.jsonl")), 90, cluster
+    )
+    assert cluster(
+        "sbatch", "--parsable", "--partition", "high", "--output", "/dev/null", "--wrap", "true"
+    ).isdigit()
 
     def held_back() -> list[str]:
-        return [line.split()[0] for line in cluster("squeue", "-h", "-o", "%i %r").splitlines()
-                if line.endswith("BeginTime")]
+        return [
+            line.split()[0]
+            for line in cluster("squeue", "-h", "-o", "%i %r").splitlines()
+            if line.endswith("BeginTime")
+        ]
 
     wait_until(held_back, 60, cluster)
-    preempted, = held_back()
+    (preempted,) = held_back()
     assert preempted.startswith(f"{array}_")
     cluster("scontrol", "update", f"JobId={preempted}", "StartTime=now")  # two minutes otherwise
     wait_until(lambda: not cluster("squeue", "-h", "-o", "%i"), 150, cluster)
@@ -148,14 +193,19 @@ def test_a_sweep_on_a_cluster_survives_a_preemption(cluster, tmp_path):
     outputs = [path.read_text() for path in sorted(runs.glob("dtd_*/output.log"))]
     assert len(outputs) == len(list(runs.glob("dtd_*/results.json"))) == 4
     assert sorted(text.count("$ ") for text in outputs) == [1, 1, 1, 2]
-    torn, = (text for text in outputs if text.count("$ ") == 2)
+    (torn,) = (text for text in outputs if text.count("$ ") == 2)
     assert "preempted, epoch" in torn and "going on with" in torn
     for text in outputs:
         assert [text.count(f"\nEpoch {epoch}:") for epoch in range(1, 12)] == [1] * 10 + [0]
     plan = json.loads((runs / "sweep.json").read_text())
     assert plan["folds"] == plan["seeds"] == [1, 2]
-    report = subprocess.run(collect.replace("python", sys.executable, 1), shell=True, text=True,
-                            cwd=tmp_path, capture_output=True)
+    report = subprocess.run(
+        collect.replace("python", sys.executable, 1),
+        shell=True,
+        text=True,
+        cwd=tmp_path,
+        capture_output=True,
+    )
     assert "(2 folds × 2 seeds)" in report.stdout, report.stderr
 
 

@@ -115,10 +115,15 @@ def gradient_orientations(image):
 
 def nearest_centroid_accuracy(feature, per_class=40, size=64):
     """Share of held-out images whose nearest class mean, by `feature`, is their own."""
-    features = np.array([
-        [feature(draw(name, np.random.default_rng([9, label, i]), size)) for i in range(per_class)]
-        for label, name in enumerate(PATTERNS)
-    ])
+    features = np.array(
+        [
+            [
+                feature(draw(name, np.random.default_rng([9, label, i]), size))
+                for i in range(per_class)
+            ]
+            for label, name in enumerate(PATTERNS)
+        ]
+    )
     half = per_class // 2
     centroids = features[:, :half].mean(axis=1)
     distances = np.linalg.norm(features[:, half:, None] - centroids, axis=-1)

@@ -30,10 +30,19 @@ def dtd(tmp_path_factory):
 
 
 def fine_tune(dtd, *flags, **named):
-    named = {"data_dir": dtd, "model": "resnet18", "img_size": 32, "batch_size": 4, "epochs": 2,
-             "workers": 0, "pretrained": "none", **named}
-    train.main([*(word for name, value in named.items() for word in (f"--{name}", str(value))),
-                *flags])
+    named = {
+        "data_dir": dtd,
+        "model": "resnet18",
+        "img_size": 32,
+        "batch_size": 4,
+        "epochs": 2,
+        "workers": 0,
+        "pretrained": "none",
+        **named,
+    }
+    train.main(
+        [*(word for name, value in named.items() for word in (f"--{name}", str(value))), *flags]
+    )
 
 
 def results(folder=RUN):
@@ -62,11 +71,18 @@ def test_results_hold_what_a_table_needs(dtd, capsys):
     fine_tune(dtd)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("Epoch")] == [
-        "Epoch 1", "Epoch 2"]
+        "Epoch 1",
+        "Epoch 2",
+    ]
     assert all(line.split(": ")[1].startswith("val_acc ") for line in lines if "Epoch" in line)
     found = results()
     assert {name: found[name] for name in ("model", "dataset", "fold", "seed", "epochs")} == {
-        "model": "resnet18", "dataset": "dtd", "fold": 1, "seed": 42, "epochs": 2}
+        "model": "resnet18",
+        "dataset": "dtd",
+        "fold": 1,
+        "seed": 42,
+        "epochs": 2,
+    }
     assert (found["train_images"], found["val_images"], found["test_images"]) == (9, 9, 9)
     rows = [json.loads(line) for line in (RUN / "log.jsonl").read_text().splitlines()]
     best_row = max(rows, key=lambda row: row["val_top1"])
@@ -89,7 +105,8 @@ def test_same_seed_same_bits_whatever_the_workers(dtd):
     again = Path("again") / RUN.name
     assert same(best(), best(again))
     assert [results()[k] for k in ("val_acc", "test_acc", "test_predictions")] == [
-        results(again)[k] for k in ("val_acc", "test_acc", "test_predictions")]
+        results(again)[k] for k in ("val_acc", "test_acc", "test_predictions")
+    ]
     fine_tune(dtd, seed=43)
     assert not same(best(), best(Path("runs/dtd_fold1_resnet18_seed43")))
 
@@ -125,6 +142,7 @@ def test_the_tested_epoch_is_the_one_that_is_reported(dtd, monkeypatch):
         fit(run)
         state = torch.load(RUN / "best.pt", weights_only=True)
         torch.save({**state, "rows": [*state["rows"], {}]}, RUN / "best.pt")
+
     monkeypatch.setattr(train.Run, "fit", with_an_old_best)
     with pytest.raises(RunError, match="best.pt is not the run's best epoch"):
         fine_tune(dtd)
@@ -148,7 +166,7 @@ def test_other_settings_are_named_and_overwrite_moves_the_old_run(dtd):
         fine_tune(dtd, epochs=1, lr=0.02)
     fine_tune(dtd, "--overwrite")
     assert results()["epochs"] == 2
-    old, = Path("runs/overwritten").iterdir()
+    (old,) = Path("runs/overwritten").iterdir()
     assert old.name.startswith(RUN.name) and results(old)["epochs"] == 1
 
 
@@ -157,27 +175,35 @@ def test_pretrained_weights_are_found_and_part_of_the_settings(dtd, capsys):
     fine_tune(dtd, model="twistnet18", pretrained="auto", epochs=1)
     printed = capsys.readouterr().out
     assert "[Auto-detected] Found TwistNet weights: weights/twistnet18_imagenet.pt\n" in printed
-    assert "\n[TwistNet Pretrained] Loaded 204 layers from weights/twistnet18_imagenet.pt\n" \
-        in printed
+    assert (
+        "\n[TwistNet Pretrained] Loaded 204 layers from weights/twistnet18_imagenet.pt\n" in printed
+    )
     run = Path("runs/dtd_fold1_twistnet18_seed42")
     assert results(run)["weights"]["source"] == "weights/twistnet18_imagenet.pt"
     gates = json.loads((run / "log.jsonl").read_text())["gates"]
     assert len(gates) == 4 and all(0.1 < gate < 0.14 for gate in gates)
     fine_tune(dtd, model="twistnet18", pretrained="auto", epochs=1)  # finished: skipped
     Path("weights").rename("elsewhere")
-    fine_tune(dtd, model="twistnet18", epochs=1,  # the same weights from another place
-              pretrained="elsewhere/twistnet18_imagenet.pt")
+    fine_tune(
+        dtd,
+        model="twistnet18",
+        epochs=1,  # the same weights from another place
+        pretrained="elsewhere/twistnet18_imagenet.pt",
+    )
     save_weights("twistnet18", classes=6, path="other.pt")
     with pytest.raises(RunError, match="weights"):
         fine_tune(dtd, model="twistnet18", epochs=1, pretrained="other.pt")
 
 
-@pytest.mark.parametrize("named, error, message", [
-    ({"fold": 3}, DataError, "fold 3"),
-    ({"dataset": "folder"}, DataError, "needs at least 3"),
-    ({"data_dir": "nowhere"}, DataError, "nowhere"),
-    ({"pretrained": "nowhere.pt"}, ModelError, "nowhere.pt"),
-])
+@pytest.mark.parametrize(
+    "named, error, message",
+    [
+        ({"fold": 3}, DataError, "fold 3"),
+        ({"dataset": "folder"}, DataError, "needs at least 3"),
+        ({"data_dir": "nowhere"}, DataError, "nowhere"),
+        ({"pretrained": "nowhere.pt"}, ModelError, "nowhere.pt"),
+    ],
+)
 def test_bad_input_stops_before_training(dtd, named, error, message):
     with pytest.raises(error, match=message):
         fine_tune(dtd, **named)
@@ -194,8 +220,11 @@ def test_weights_that_do_not_fit_stop_before_training(dtd):
 
 
 def test_no_accuracy_in_any_epoch_still_ends_with_a_test_result(dtd, monkeypatch):
-    monkeypatch.setattr(Score, "row", lambda self, prefix: {
-        f"{prefix}_loss": 9.0, f"{prefix}_top1": 0.0, f"{prefix}_top5": 0.0})
+    monkeypatch.setattr(
+        Score,
+        "row",
+        lambda self, prefix: {f"{prefix}_loss": 9.0, f"{prefix}_top1": 0.0, f"{prefix}_top5": 0.0},
+    )
     fine_tune(dtd)
     assert (results()["best_epoch"], results()["val_acc"]) == (1, 0.0)
     assert results()["test_images"] == 9
@@ -203,6 +232,7 @@ def test_no_accuracy_in_any_epoch_still_ends_with_a_test_result(dtd, monkeypatch
 
 def test_a_broken_test_image_is_never_left_out(dtd, tmp_path):
     import shutil
+
     copy = tmp_path / "copy"
     shutil.copytree(dtd, copy)
     name = (copy / "labels/test1.txt").read_text().split()[0]
@@ -221,10 +251,17 @@ def test_a_broken_test_image_is_never_left_out(dtd, tmp_path):
 
 def test_bad_input_is_one_line_and_exit_2(dtd):
     def call(*flags):
-        return subprocess.run([sys.executable, ROOT / "train.py", "--data_dir", dtd, *flags],
-                              capture_output=True, text=True)
-    for flags, message in ((["--fold", "99"], "fold 99"), (["--model", "vgg"], "vgg"),
-                           (["--pretrained", "no.pt"], "no.pt")):
+        return subprocess.run(
+            [sys.executable, ROOT / "train.py", "--data_dir", dtd, *flags],
+            capture_output=True,
+            text=True,
+        )
+
+    for flags, message in (
+        (["--fold", "99"], "fold 99"),
+        (["--model", "vgg"], "vgg"),
+        (["--pretrained", "no.pt"], "no.pt"),
+    ):
         done = call(*flags)
         assert done.returncode == 2
         assert len(done.stderr.splitlines()) == 1 and message in done.stderr

@@ -16,8 +16,17 @@ from data.transforms import (
     normalise,
 )
 
-SIGNED = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color",
-          "Contrast", "Sharpness"}
+SIGNED = {
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+}
 
 
 def images(count, height=20, width=24, seed=0):
@@ -73,12 +82,14 @@ def test_ops_are_drawn_evenly_and_half_of_the_signed_are_negated():
 def test_normalise_is_torchvisions_within_rounding():
     batch = images(4)
     theirs = v2.functional.normalize(
-        v2.functional.to_dtype(batch, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
+        v2.functional.to_dtype(batch, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD
+    )
     ours = normalise(batch)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
-    black_and_white = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-                                .expand(2, 3, 1, 1))
+    black_and_white = normalise(
+        torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    )
     expected = torch.tensor([[-2.1179, -2.0357, -1.8044], [2.2489, 2.4286, 2.6400]])  # by hand
     torch.testing.assert_close(black_and_white[:, :, 0, 0], expected, rtol=0, atol=1e-4)
 
@@ -87,8 +98,9 @@ def test_normalise_is_torchvisions_within_rounding():
 @pytest.mark.parametrize("shape", [(90, 60), (300, 500)])
 def test_evaluation_resizes_in_proportion_and_crops_the_centre(size, resized, shape):
     image = images(1, *shape)[0]
-    plain = v2.Compose([v2.Resize(resized, v2.InterpolationMode.BICUBIC, antialias=True),
-                        v2.CenterCrop(size)])
+    plain = v2.Compose(
+        [v2.Resize(resized, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)]
+    )
     ours = EvalTransform(size)(image)
     assert ours.shape == (3, size, size) and ours.dtype == torch.uint8
     assert torch.equal(ours, plain(image))
@@ -96,9 +108,13 @@ def test_evaluation_resizes_in_proportion_and_crops_the_centre(size, resized, sh
 
 def test_training_crops_and_flips_as_the_plain_recipe_does():
     image = images(1, 60, 90)[0]
-    plain = v2.Compose([
-        v2.RandomResizedCrop(32, scale=(0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
-        v2.RandomHorizontalFlip(), v2.RandAugment(2, 9)])
+    plain = v2.Compose(
+        [
+            v2.RandomResizedCrop(32, scale=(0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(2, 9),
+        ]
+    )
     for i in range(20):
         with seeded(i):
             expected = plain(image)
@@ -116,8 +132,13 @@ def grey_levels(values):
 def mixed(step, micro=0, *, seed=0, mixup=1.0):
     """Two classes, black and white, no RandAugment: images back in 0 to 1, targets."""
     augment = Augment(2, seed=seed, magnitude=9, mixup=mixup, cutmix=1.0)
-    inputs, targets = augment(grey_levels([0, 255]), torch.tensor([0, 1]),
-                              torch.zeros(2, 2, 2, dtype=torch.int64), step=step, micro=micro)
+    inputs, targets = augment(
+        grey_levels([0, 255]),
+        torch.tensor([0, 1]),
+        torch.zeros(2, 2, 2, dtype=torch.int64),
+        step=step,
+        micro=micro,
+    )
     mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
     return inputs * std + mean, targets
 
@@ -139,8 +160,9 @@ def test_mixing_keeps_the_sum_of_all_targets():
     augment = Augment(5, seed=0, magnitude=9, mixup=0.2, cutmix=1.0)
     labels = torch.tensor([0, 1, 2, 3, 4, 4, 4, 0])
     for step in range(20):
-        inputs, targets = augment(images(8), labels, torch.zeros(8, 2, 2, dtype=torch.int64),
-                                  step=step, micro=1)
+        inputs, targets = augment(
+            images(8), labels, torch.zeros(8, 2, 2, dtype=torch.int64), step=step, micro=1
+        )
         assert inputs.shape == (8, 3, 20, 24) and inputs.dtype == torch.float32
         torch.testing.assert_close(targets.sum(1), torch.ones(8))
         torch.testing.assert_close(targets.sum(0), torch.bincount(labels).float())
@@ -163,6 +185,7 @@ def test_a_small_alpha_hardly_mixes_and_a_large_one_does():
     def least_share(alpha):
         shares = [mixed(step, mixup=alpha)[1].min().item() for step in range(120)]
         return np.mean(shares)
+
     assert least_share(0.05) < least_share(1.0) - 0.03
 
 

@@ -33,8 +33,14 @@ def make(name="twistnet18"):
 
 def write_checkpoint(name="twistnet18"):
     model = make(name)
-    torch.save({"model": model.state_dict(), "classes": CLASSES,
-                "config": {"model": name, "img_size": 64}}, "best.pt")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "classes": CLASSES,
+            "config": {"model": name, "img_size": 64},
+        },
+        "best.pt",
+    )
     return model
 
 
@@ -61,7 +67,8 @@ def test_what_is_read_out_is_what_the_network_computes(name):
     assert views["layer3.1"].maps.shape == (2, 4, features, 4, 6)
     assert (views["layer3.1"].weights is None) == (name == "twistnet18_no_ais")
     assert (views["layer3.1"].kernels is None) == (
-        name in ("twistnet18_no_spiral", "twistnet18_first_order"))
+        name in ("twistnet18_no_spiral", "twistnet18_first_order")
+    )
     assert views["layer3.1"].gate == pytest.approx(0.1192, abs=1e-4)
     assert not any(m._forward_pre_hooks for m in model.modules())
     for seen in views.values():
@@ -86,8 +93,12 @@ def test_shares_are_those_of_the_channels_terms_in_the_output():
             f = stci.interact(*stci.look(h))
             f = f * stci.ais(f.mean((2, 3)))[:, :, None, None]
             group = f[0, channel // 8 * 8 : channel // 8 * 8 + 8]
-            shift = stci.norm.bias[channel] - stci.norm.weight[channel] * group.mean() / (
-                group.var(correction=0) + stci.norm.eps).sqrt()
+            shift = (
+                stci.norm.bias[channel]
+                - stci.norm.weight[channel]
+                * group.mean()
+                / (group.var(correction=0) + stci.norm.eps).sqrt()
+            )
             term -= (shift * bn * column[:, 0, 0])[:, None, None]
             sizes.append(term.norm(dim=0).mean())
             stci.proj.weight[:, channel] = column
@@ -141,11 +152,13 @@ def test_classes_are_compared_by_the_mean_of_their_images(capsys):
     with open("seen/ais_by_class.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 4 * 4
-    row = next(r for r in rows if (r["class"], r["block"], r["direction"]) == (
-        "dotted", "layer4.0", "90"))
+    row = next(
+        r for r in rows if (r["class"], r["block"], r["direction"]) == ("dotted", "layer4.0", "90")
+    )
     images = [normalise(EvalTransform(64)(read_rgb(Path(file)))[None]) for file in files[:3]]
-    means = [look_inside(model, image)[2]["layer4.0"].weights[0, 2].mean().item()
-             for image in images]
+    means = [
+        look_inside(model, image)[2]["layer4.0"].weights[0, 2].mean().item() for image in images
+    ]
     assert row["images"] == "3"
     assert float(row["mean"]) == pytest.approx(np.mean(means), abs=2e-6)
     assert float(row["std"]) == pytest.approx(np.std(means, ddof=1), abs=2e-6)
@@ -174,14 +187,17 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
         call("x.png")
 
 
-@pytest.mark.parametrize(("name", "words", "told"), [
-    ("resnet18", ["x.png"], "no STCI to look into"),
-    ("twistnet18", ["none.png"], "none.png: no such file"),
-    ("twistnet18", ["empty"], "empty: no images"),
-    ("twistnet18", ["x.png", "--block", "layer2.0"], "there are layer3.0, layer3.1"),
-    ("twistnet18_no_ais", ["data"], "has no AIS"),
-    ("twistnet18", ["data"], "data/dotted: no image"),
-])
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("resnet18", ["x.png"], "no STCI to look into"),
+        ("twistnet18", ["none.png"], "none.png: no such file"),
+        ("twistnet18", ["empty"], "empty: no images"),
+        ("twistnet18", ["x.png", "--block", "layer2.0"], "there are layer3.0, layer3.1"),
+        ("twistnet18_no_ais", ["data"], "has no AIS"),
+        ("twistnet18", ["data"], "data/dotted: no image"),
+    ],
+)
 def test_wrong_input_is_one_line(name, words, told):
     write_checkpoint(name)
     write_image("x.png")

@@ -42,31 +42,66 @@ class FlipAverage(nn.Module):
 
 def parse_args(argv: list[str] | None):
     parser = Parser(prog="python -m tools.evaluate", description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, metavar="FILE",
-                        help="weights file, or best.pt of a run")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="weights file, or best.pt of a run",
+    )
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", type=Path, metavar="DIR",
-                      help="where the data lies (default: where a run had it)")
-    data.add_argument("--dataset", choices=["imagenet", *DATASETS], metavar="NAME",
-                      help="imagenet (val/ of any tree of class folders), "
-                           f"{', '.join(DATASETS)} (default: the run's, else imagenet)")
+    data.add_argument(
+        "--data_dir",
+        type=Path,
+        metavar="DIR",
+        help="where the data lies (default: where a run had it)",
+    )
+    data.add_argument(
+        "--dataset",
+        choices=["imagenet", *DATASETS],
+        metavar="NAME",
+        help="imagenet (val/ of any tree of class folders), "
+        f"{', '.join(DATASETS)} (default: the run's, else imagenet)",
+    )
     data.add_argument("--fold", type=at_least(1), metavar="K", help="(default: the run's)")
-    data.add_argument("--num_folds", type=at_least(1), metavar="N",
-                      help="of --dataset folder (default: the run's, else 10)")
-    data.add_argument("--split", choices=["test", "val"],
-                      help="(default: test; imagenet has val alone)")
-    data.add_argument("--workers", type=at_least(0), default=4, metavar="N",
-                      help="loader processes, at most the CPUs there are")
+    data.add_argument(
+        "--num_folds",
+        type=at_least(1),
+        metavar="N",
+        help="of --dataset folder (default: the run's, else 10)",
+    )
+    data.add_argument(
+        "--split", choices=["test", "val"], help="(default: test; imagenet has val alone)"
+    )
+    data.add_argument(
+        "--workers",
+        type=at_least(0),
+        default=4,
+        metavar="N",
+        help="loader processes, at most the CPUs there are",
+    )
     how = parser.add_argument_group("how")
-    how.add_argument("--img_size", type=at_least(32), metavar="PX",
-                     help="crop (default: as in training, else 224)")
-    how.add_argument("--resize", type=at_least(32), metavar="PX",
-                     help="shorter side before the crop (default: as in training, "
-                          "else 256/224 of it)")
-    how.add_argument("--flip", action="store_true",
-                     help="average the logits of each image and its mirror image")
-    how.add_argument("--batch_size", type=at_least(1), metavar="B",
-                     help="images at a time (default: as in training, else 256)")
+    how.add_argument(
+        "--img_size",
+        type=at_least(32),
+        metavar="PX",
+        help="crop (default: as in training, else 224)",
+    )
+    how.add_argument(
+        "--resize",
+        type=at_least(32),
+        metavar="PX",
+        help="shorter side before the crop (default: as in training, else 256/224 of it)",
+    )
+    how.add_argument(
+        "--flip", action="store_true", help="average the logits of each image and its mirror image"
+    )
+    how.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        metavar="B",
+        help="images at a time (default: as in training, else 256)",
+    )
     add_amp_flags(how)
     return parser.parse_args(argv)
 
@@ -84,11 +119,16 @@ def main(argv: list[str] | None = None) -> None:
     if transform.resize < args.img_size:
         raise UsageError(f"--resize {args.resize} is smaller than the crop of {args.img_size}")
 
-    print(f"{about['model']}, {about['num_classes']} classes, from {args.weights}"
-          + (", sha256 as its JSON says" if about["record"] else ""))
-    print(f"{len(source):,} images of {args.dataset}, {seen}, in {args.data_dir}; resize "
-          f"{transform.resize}, crop {args.img_size}, {args.precision}"
-          + (", with mirror images" if args.flip else ""), flush=True)
+    print(
+        f"{about['model']}, {about['num_classes']} classes, from {args.weights}"
+        + (", sha256 as its JSON says" if about["record"] else "")
+    )
+    print(
+        f"{len(source):,} images of {args.dataset}, {seen}, in {args.data_dir}; resize "
+        f"{transform.resize}, crop {args.img_size}, {args.precision}"
+        + (", with mirror images" if args.flip else ""),
+        flush=True,
+    )
     score = test(FlipAverage(model) if args.flip else model, source, transform, args)
     ours = {"top-1": score.top1, "top-5": score.top5}
     for name, count in ours.items():
@@ -105,9 +145,11 @@ def check_sha256(path: Path, found: str) -> None:
     beside = path.with_suffix(".json")
     wanted = (read_json(beside) or {}).get("sha256")
     if wanted not in (None, found):
-        raise UsageError(f"{path} has sha256 {found}, {beside} says {wanted}: the weights were "
-                         "changed or damaged, or the two do not belong together; get both again, "
-                         "or move the JSON away")
+        raise UsageError(
+            f"{path} has sha256 {found}, {beside} says {wanted}: the weights were "
+            "changed or damaged, or the two do not belong together; get both again, "
+            "or move the JSON away"
+        )
 
 
 def settle(args, trained: dict) -> None:
@@ -116,8 +158,9 @@ def settle(args, trained: dict) -> None:
     args.dataset = args.dataset or trained.get("dataset", "imagenet")
     if args.dataset == "imagenet":
         if args.split == "test" or args.fold or args.num_folds:
-            raise UsageError("--dataset imagenet has neither folds nor a test split: its val/ is "
-                             "scored")
+            raise UsageError(
+                "--dataset imagenet has neither folds nor a test split: its val/ is scored"
+            )
         args.split = "val"
     args.split = args.split or "test"
     args.data_dir = args.data_dir or (Path(trained["data_dir"]) if on_run else None)
@@ -147,8 +190,10 @@ def load_data(args, trained: dict) -> tuple[Source, list[str], str]:
     splits = load_splits(args.dataset, args.data_dir, args.fold, num_folds=args.num_folds)
     if trained.get("dataset") == args.dataset:
         if trained.get("fold") != args.fold:
-            print(f"warning: trained on fold {trained.get('fold')}: images of fold {args.fold} "
-                  "may be among those it was trained on")
+            print(
+                f"warning: trained on fold {trained.get('fold')}: images of fold {args.fold} "
+                "may be among those it was trained on"
+            )
         elif trained.get("data") not in (None, fingerprint(splits)):
             print(f"warning: fold {args.fold} in {args.data_dir} has other images than the run had")
     return getattr(splits, args.split), splits.classes, f"fold {args.fold}, {args.split}"
@@ -160,14 +205,21 @@ def check_classes(about: dict, classes: list[str], data_dir: Path) -> None:
     if own is None and about["num_classes"] == len(classes):
         print("the file does not name its classes: taken to be the data's, in the same order")
     elif own is None or len(own) != len(classes):
-        raise UsageError(f"{about['path']} has {about['num_classes']} classes, the data in "
-                         f"{data_dir} {len(classes)}")
+        raise UsageError(
+            f"{about['path']} has {about['num_classes']} classes, the data in "
+            f"{data_dir} {len(classes)}"
+        )
     elif own != classes:
         i = next(i for i, name in enumerate(own) if name != classes[i])
-        order = "the same classes in another order" if sorted(own) == sorted(classes) else (
-            "other classes")
-        raise UsageError(f"the data in {data_dir} has {order} than {about['path']}: number {i} is "
-                         f"{classes[i]}, the network's is {own[i]}")
+        order = (
+            "the same classes in another order"
+            if sorted(own) == sorted(classes)
+            else ("other classes")
+        )
+        raise UsageError(
+            f"the data in {data_dir} has {order} than {about['path']}: number {i} is "
+            f"{classes[i]}, the network's is {own[i]}"
+        )
 
 
 def test(model: nn.Module, source: Source, transform, args) -> Score:
@@ -175,15 +227,20 @@ def test(model: nn.Module, source: Source, transform, args) -> Score:
     quick_look(source)
     model.to(args.device, memory_format=torch.channels_last)
     batches, rounds = eval_batches(
-        EvalSet(source, transform), batch_size=args.batch_size,
-        workers=min(args.workers, usable_cpus()), pin_memory=args.device.type == "cuda")
+        EvalSet(source, transform),
+        batch_size=args.batch_size,
+        workers=min(args.workers, usable_cpus()),
+        pin_memory=args.device.type == "cuda",
+    )
     # evaluation uses neither optimizer nor augmentation
     trainer = Trainer(model, None, World(0, 1, 0, 1, args.device), args.precision, augment=None)
     score, _ = evaluate(trainer, batches, normalise, rounds=rounds, name_of=source.name)
     if score.unreadable:
-        raise UsageError(f"{len(score.unreadable)} images cannot be read, and are never left out: "
-                         f"restore them: {', '.join(score.unreadable[:5])}"
-                         + (", …" if len(score.unreadable) > 5 else ""))
+        raise UsageError(
+            f"{len(score.unreadable)} images cannot be read, and are never left out: "
+            f"restore them: {', '.join(score.unreadable[:5])}"
+            + (", …" if len(score.unreadable) > 5 else "")
+        )
     return score
 
 

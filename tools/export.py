@@ -48,10 +48,20 @@ class Normalised(nn.Module):
 
 def parse_args(argv: list[str] | None):
     parser = Parser(prog="python -m tools.export", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE",
-                        help="best.pt of a run, or a weights file")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
-                        help="name.pt2 for torch.export, name.onnx for ONNX")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="best.pt of a run, or a weights file",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="name.pt2 for torch.export, name.onnx for ONNX",
+    )
     args = parser.parse_args(argv)
     if args.out.suffix not in FORMATS:
         parser.error(f"--out {args.out}: the name must end in {' or '.join(FORMATS)}")
@@ -67,8 +77,14 @@ def main(argv: list[str] | None = None) -> None:
         need_onnx()
     model, about = load_trained(args.checkpoint)
     size = about["config"].get("img_size", 224)
-    facts = {"model": about["model"], "num_classes": about["num_classes"], "img_size": size,
-             "classes": about["classes"], "input": INPUT, "sha256_of_weights": about["sha256"]}
+    facts = {
+        "model": about["model"],
+        "num_classes": about["num_classes"],
+        "img_size": size,
+        "classes": about["classes"],
+        "input": INPUT,
+        "sha256_of_weights": about["sha256"],
+    }
     try:
         with tempfile.TemporaryDirectory(dir=args.out.resolve().parent, prefix=".export-") as new:
             path = Path(new) / args.out.name
@@ -77,8 +93,10 @@ def main(argv: list[str] | None = None) -> None:
             os.replace(path, args.out)
     except OSError as error:
         raise UsageError(f"--out {args.out}: cannot be written ({error.strerror})") from error
-    print(f"largest difference of a logit: {difference:.1e}\ninput: {INPUT}\nwrote {args.out} "
-          f"({about['model']}, {about['num_classes']} classes, trained at {size} px)")
+    print(
+        f"largest difference of a logit: {difference:.1e}\ninput: {INPUT}\nwrote {args.out} "
+        f"({about['model']}, {about['num_classes']} classes, trained at {size} px)"
+    )
 
 
 def need_onnx() -> None:
@@ -86,15 +104,20 @@ def need_onnx() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise UsageError(f"ONNX needs {name}: pip install onnx onnxscript onnxruntime, or "
-                             "give --out a name that ends in .pt2") from error
+            raise UsageError(
+                f"ONNX needs {name}: pip install onnx onnxscript onnxruntime, or "
+                "give --out a name that ends in .pt2"
+            ) from error
 
 
 def traced(model: nn.Module) -> torch.export.ExportedProgram:
     """The network with its normalisation as a graph, for any batch and image size."""
     # from 33 px: the last stage of a smaller image is one position, which the tracer sets apart
-    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=33),
-             3: torch.export.Dim("width", min=33)}
+    sizes = {
+        0: torch.export.Dim("batch"),
+        2: torch.export.Dim("height", min=33),
+        3: torch.export.Dim("width", min=33),
+    }
     images = torch.rand(2, 3, 64, 96)
     return torch.export.export(Normalised(model), (images,), dynamic_shapes={"images": sizes})
 
@@ -114,8 +137,10 @@ def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], size: int) -
             found = exported(images.float() / 255)
             difference = (found - wanted).abs().max().item()
             scale = wanted.abs().max().item()
-            print(f"{batch} x 3 x {shape[0]} x {shape[1]}: logits differ by at most "
-                  f"{difference:.1e} (the largest is {scale:.2g})")
+            print(
+                f"{batch} x 3 x {shape[0]} x {shape[1]}: logits differ by at most "
+                f"{difference:.1e} (the largest is {scale:.2g})"
+            )
             if not difference <= TOLERANCE * max(scale, 1):
                 sys.exit("error: the exported network gives other logits: nothing was written")
             largest = max(largest, difference)
@@ -133,12 +158,19 @@ def read_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 def write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own deprecated calls
-        made = torch.onnx.export(program, input_names=["images"], output_names=["logits"],
-                                 dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
-                                 verbose=False)
+        made = torch.onnx.export(
+            program,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
+            verbose=False,
+        )
     made.model.metadata_props.update(
-        {key: value if isinstance(value, str) else json.dumps(value)
-         for key, value in facts.items()})
+        {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in facts.items()
+        }
+    )
     made.save(path, external_data=False)
 
 

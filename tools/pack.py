@@ -35,17 +35,38 @@ from training.preemption import ignore_stop_signals
 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m tools.pack", description=__doc__)
-    parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR",
-                        help="folder with train/ and val/, each of one folder of images a class")
+    parser.add_argument(
+        "--data_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder with train/ and val/, each of one folder of images a class",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the packed folder")
-    parser.add_argument("--short_side", type=at_least(32), default=256, metavar="PX",
-                        help="shorter side after shrinking")
-    parser.add_argument("--quality", type=at_least(1), default=90, metavar="Q",
-                        help="of the JPEGs that are written, at most 95")
-    parser.add_argument("--workers", type=at_least(0), default=usable_cpus(), metavar="N",
-                        help="processes that shrink")
-    parser.add_argument("--skip_unreadable", action="store_true",
-                        help="leave out images that cannot be read")
+    parser.add_argument(
+        "--short_side",
+        type=at_least(32),
+        default=256,
+        metavar="PX",
+        help="shorter side after shrinking",
+    )
+    parser.add_argument(
+        "--quality",
+        type=at_least(1),
+        default=90,
+        metavar="Q",
+        help="of the JPEGs that are written, at most 95",
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least(0),
+        default=usable_cpus(),
+        metavar="N",
+        help="processes that shrink",
+    )
+    parser.add_argument(
+        "--skip_unreadable", action="store_true", help="leave out images that cannot be read"
+    )
     return parser
 
 
@@ -71,10 +92,17 @@ def shrink(source: ImageFiles, index: int, *, short_side: int, quality: int):
 def pack_split(writer, source: ImageFiles, *, split: str, workers: int, make) -> list[str]:
     """Pack what is missing of one split; why images could not be read."""
     unreadable = []
-    images = made(partial(make, source), writer.missing, workers=workers,
-                  worker_init_fn=ignore_stop_signals)
-    for position, image in tqdm(images, total=len(source), initial=len(source) - len(
-            writer.missing), unit="image", desc=split, disable=None):
+    images = made(
+        partial(make, source), writer.missing, workers=workers, worker_init_fn=ignore_stop_signals
+    )
+    for position, image in tqdm(
+        images,
+        total=len(source),
+        initial=len(source) - len(writer.missing),
+        unit="image",
+        desc=split,
+        disable=None,
+    ):
         if isinstance(image, str):
             unreadable.append(image)
             tqdm.write(f"warning: {image}")
@@ -89,8 +117,11 @@ def check_size(out: Path, writers: dict, sources: dict, make) -> None:
     """DataError where the images that are missing would not fit on the disk."""
     needed = 0.0
     for split, writer in writers.items():
-        sample = writer.missing[np.linspace(0, len(writer.missing) - 1, 64).astype(int)] if len(
-            writer.missing) else []
+        sample = (
+            writer.missing[np.linspace(0, len(writer.missing) - 1, 64).astype(int)]
+            if len(writer.missing)
+            else []
+        )
         shrunk = [make(sources[split], int(i)) for i in np.unique(sample)]
         sizes = [len(image[0]) for image in shrunk if not isinstance(image, str)]
         needed += 1.05 * float(np.mean(sizes or [0])) * len(writer.missing)
@@ -122,8 +153,10 @@ def main(argv: list[str] | None = None) -> None:
     except BlockingIOError as error:
         raise BusyError(f"--out {args.out} is being packed by another process") from error
     except OSError as error:
-        raise RunError(f"--out {args.out} cannot be written ({error.strerror or error}): with "
-                       "that mended, the same command goes on") from error
+        raise RunError(
+            f"--out {args.out} cannot be written ({error.strerror or error}): with "
+            "that mended, the same command goes on"
+        ) from error
 
 
 def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
@@ -137,13 +170,20 @@ def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
     if (about.get("short_side"), about.get("quality")) != (args.short_side, args.quality):
         raise RunError(f"--out {args.out} holds a pack of other settings: give another folder")
     if about.get("listing") != listing_key(sources, classes):
-        raise RunError(f"--out {args.out} holds a pack of other images than --data_dir "
-                       f"{args.data_dir} has: give another folder")
+        raise RunError(
+            f"--out {args.out} holds a pack of other images than --data_dir "
+            f"{args.data_dir} has: give another folder"
+        )
     try:
         for split in sources:
             packed = PackedImages(args.out, split, about["splits"][split])
-            for index in tqdm(range(len(packed)), desc=f"checking {split}", unit="image",
-                              leave=False, disable=None):
+            for index in tqdm(
+                range(len(packed)),
+                desc=f"checking {split}",
+                unit="image",
+                leave=False,
+                disable=None,
+            ):
                 packed.look(index)
     except (OSError, DataError) as error:
         print(f"packing again: {error}", flush=True)
@@ -154,32 +194,52 @@ def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
 
 
 def pack(args, sources: dict[str, ImageFiles], classes: list[str]) -> None:
-    packing = Packing(args.out, {"short_side": args.short_side, "quality": args.quality,
-                                 "listing": listing_key(sources, classes)})
+    packing = Packing(
+        args.out,
+        {
+            "short_side": args.short_side,
+            "quality": args.quality,
+            "listing": listing_key(sources, classes),
+        },
+    )
     make = partial(shrink, short_side=args.short_side, quality=args.quality)
     try:
-        writers = {split: packing.writer(split, source.files, source.labels)
-                   for split, source in sources.items()}
+        writers = {
+            split: packing.writer(split, source.files, source.labels)
+            for split, source in sources.items()
+        }
         check_size(args.out, writers, sources, make)
         torch.set_num_threads(1)  # in each worker
-        unreadable = [why for split, writer in writers.items()
-                      for why in pack_split(writer, sources[split], split=split,
-                                            workers=args.workers, make=make)]
+        unreadable = [
+            why
+            for split, writer in writers.items()
+            for why in pack_split(
+                writer, sources[split], split=split, workers=args.workers, make=make
+            )
+        ]
         if unreadable and not args.skip_unreadable:
-            print(f"error: {len(unreadable)} images cannot be read, all others are packed: restore "
-                  "them and run the same command, or leave them out with --skip_unreadable: "
-                  + "; ".join(unreadable), file=sys.stderr, flush=True)
+            print(
+                f"error: {len(unreadable)} images cannot be read, all others are packed: restore "
+                "them and run the same command, or leave them out with --skip_unreadable: "
+                + "; ".join(unreadable),
+                file=sys.stderr,
+                flush=True,
+            )
             sys.exit(1)
         packing.finish(classes, left_out=unreadable)
     finally:
         packing.close()
-    print(f"wrote {args.out}: {describe(read_about(args.out)['splits'])}"
-          + (f"; {len(unreadable)} unreadable images left out" if unreadable else ""))
+    print(
+        f"wrote {args.out}: {describe(read_about(args.out)['splits'])}"
+        + (f"; {len(unreadable)} unreadable images left out" if unreadable else "")
+    )
 
 
 def describe(splits: dict) -> str:
-    return ", ".join(f"{split} {about['images']:,} images in {about['data_bytes'] / 1e6:,.1f} MB"
-                     for split, about in splits.items())
+    return ", ".join(
+        f"{split} {about['images']:,} images in {about['data_bytes'] / 1e6:,.1f} MB"
+        for split, about in splits.items()
+    )
 
 
 if __name__ == "__main__":

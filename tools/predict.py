@@ -31,18 +31,42 @@ TOP = 5
 
 def parse_args(argv: list[str] | None):
     parser = Parser(prog="python -m tools.predict", description=__doc__)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE",
-                        help="image file, or folder of images at any depth")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE",
-                        help="best.pt of a run, or a weights file with its JSON beside it")
-    parser.add_argument("--csv", type=Path, metavar="FILE",
-                        help="also write file, class_1, probability_1, … class_5, probability_5")
-    parser.add_argument("--img_size", type=at_least(32), metavar="PX",
-                        help="crop (default: that of the checkpoint, else 224)")
-    parser.add_argument("--batch_size", type=at_least(1), default=32, metavar="B",
-                        help="images at a time")
-    parser.add_argument("--workers", type=at_least(0), default=4, metavar="N",
-                        help="loader processes, at most the CPUs there are")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="image file, or folder of images at any depth",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="best.pt of a run, or a weights file with its JSON beside it",
+    )
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="also write file, class_1, probability_1, … class_5, probability_5",
+    )
+    parser.add_argument(
+        "--img_size",
+        type=at_least(32),
+        metavar="PX",
+        help="crop (default: that of the checkpoint, else 224)",
+    )
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=32, metavar="B", help="images at a time"
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least(0),
+        default=4,
+        metavar="N",
+        help="loader processes, at most the CPUs there are",
+    )
     return parser.parse_args(argv)
 
 
@@ -91,7 +115,11 @@ def find_images(places: list[Path]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-    model, files: list[Path], transform: EvalTransform, batch_size: int, workers: int,
+    model,
+    files: list[Path],
+    transform: EvalTransform,
+    batch_size: int,
+    workers: int,
 ):
     """Yield (file, [(label, probability)], best first), with None for a file that is no image."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,8 +127,11 @@ def predict(
     listing = np.array([os.fsencode(file) for file in files])
     source = ImageFiles(Path(), listing, np.zeros(len(files), dtype=np.int64))
     batches, _ = eval_batches(
-        EvalSet(source, transform), batch_size=batch_size,
-        workers=min(workers, usable_cpus(), len(files) // batch_size), pin_memory=False)
+        EvalSet(source, transform),
+        batch_size=batch_size,
+        workers=min(workers, usable_cpus(), len(files) // batch_size),
+        pin_memory=False,
+    )
     for batch in batches:
         images = normalise(batch.image.to(device))
         logits = model(images.contiguous(memory_format=torch.channels_last))
@@ -118,8 +149,9 @@ def shown(file: Path) -> str:
 def write_csv(path: Path, rows: list[list], top: int) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(["file", *(x for i in range(1, top + 1)
-                               for x in (f"class_{i}", f"probability_{i}"))])
+    writer.writerow(
+        ["file", *(x for i in range(1, top + 1) for x in (f"class_{i}", f"probability_{i}"))]
+    )
     writer.writerows(rows)
     try:
         write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))

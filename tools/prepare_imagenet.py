@@ -56,19 +56,38 @@ READ = 1 << 22  # bytes a read while a checksum is taken
 def parse_args(argv: Sequence[str] | None = None):
     parser = Parser(description=__doc__)
     parser.add_argument("--source", type=Path, metavar="DIR", help="folder with the downloads")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="where the tree is made; the later --data_dir")
-    parser.add_argument("--subset", metavar="N|FILE",
-                        help="only these classes: N, always the same, or those that FILE names, a"
-                        " wnid a line (ImageNet-100's list, say)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="where the tree is made; the later --data_dir",
+    )
+    parser.add_argument(
+        "--subset",
+        metavar="N|FILE",
+        help="only these classes: N, always the same, or those that FILE names, a"
+        " wnid a line (ImageNet-100's list, say)",
+    )
     parser.add_argument("--copy", action="store_true", help="copy files instead of linking them")
-    parser.add_argument("--no_checksum", action="store_true",
-                        help="take archives of the official names without comparing their MD5 "
-                        "(saves reading them once more when resuming)")
-    parser.add_argument("--verify", action="store_true",
-                        help="count OUT's images and decode each; alone, or after preparing")
-    parser.add_argument("--workers", type=at_least(1), default=min(os.cpu_count() or 1, 16),
-                        metavar="N", help="processes")
+    parser.add_argument(
+        "--no_checksum",
+        action="store_true",
+        help="take archives of the official names without comparing their MD5 "
+        "(saves reading them once more when resuming)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="count OUT's images and decode each; alone, or after preparing",
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least(1),
+        default=min(os.cpu_count() or 1, 16),
+        metavar="N",
+        help="processes",
+    )
     args = parser.parse_args(argv)
     if args.source is None and not args.verify:
         parser.error("--source is needed, or --verify to check an existing --out")
@@ -81,24 +100,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         if args.source is not None:
-            prepare(args.source, args.out, subset=args.subset, copy=args.copy,
-                    checksum=not args.no_checksum, workers=args.workers)
+            prepare(
+                args.source,
+                args.out,
+                subset=args.subset,
+                copy=args.copy,
+                checksum=not args.no_checksum,
+                workers=args.workers,
+            )
         if args.verify and not verify(args.out, args.workers):
             sys.exit(1)
         train, val, classes = load_imagenet(args.out)
     except BrokenProcessPool:
-        raise DataError("a worker process was killed (out of memory?): run the same command "
-                        "again, perhaps with fewer --workers") from None
+        raise DataError(
+            "a worker process was killed (out of memory?): run the same command "
+            "again, perhaps with fewer --workers"
+        ) from None
     except OSError as error:
         raise DataError(f"{error}: mend it and run the same command again") from error
     for problem in shortfall(train, val, classes):
         print(f"warning: {problem}", file=sys.stderr)
-    print(f"{len(train):,} train and {len(val):,} val images in {len(classes):,} classes; next: "
-          f"python pretrain_imagenet.py --data_dir {shlex.quote(str(args.out))}")
+    print(
+        f"{len(train):,} train and {len(val):,} val images in {len(classes):,} classes; next: "
+        f"python pretrain_imagenet.py --data_dir {shlex.quote(str(args.out))}"
+    )
 
 
-def prepare(source: Path, out: Path, *, subset: str | None, copy: bool, checksum: bool,
-            workers: int) -> None:
+def prepare(
+    source: Path, out: Path, *, subset: str | None, copy: bool, checksum: bool, workers: int
+) -> None:
     """Make the tree `out` from what `source` holds; goes on where an earlier call was stopped.
 
     Raises DataError before it writes any image where the source or what lies in `out` is wrong;
@@ -117,8 +147,11 @@ def prepare(source: Path, out: Path, *, subset: str | None, copy: bool, checksum
             check_md5(archive)
         for_each(partial(make_class, out=out, copy=copy), todo, workers, "preparing")
     print(f"{len(todo)} class folders made, {len(classes) - len(todo)} were there already")
-    if any(os.path.islink(out / c.split / c.wnid / name) for c in classes[:1] + classes[-1:]
-           for name in list_images(out / c.split / c.wnid)[:1]):
+    if any(
+        os.path.islink(out / c.split / c.wnid / name)
+        for c in classes[:1] + classes[-1:]
+        for name in list_images(out / c.split / c.wnid)[:1]
+    ):
         print(f"note: {out} links to files in {source}: keep them, or prepare with --copy")
 
 
@@ -136,9 +169,11 @@ def verify(out: Path, workers: int) -> bool:
         problems.append(f"{error}; images not opened")
     else:
         problems += shortfall(train, val, classes)
-        chunks = [ImageFiles(images.root, files, np.zeros(len(files), dtype=np.int64))
-                  for images in (train, val)
-                  for files in np.array_split(images.files, -(-len(images) // CHUNK))]
+        chunks = [
+            ImageFiles(images.root, files, np.zeros(len(files), dtype=np.int64))
+            for images in (train, val)
+            for files in np.array_split(images.files, -(-len(images) // CHUNK))
+        ]
         for found in for_each(unreadable, chunks, workers, "decoding", unit="image", size=len):
             problems += found
     print("\n".join(f"broken: {problem}" for problem in problems) or f"{out}: nothing is broken")
@@ -161,8 +196,10 @@ def check_apart(classes: list[ClassSource], out: Path) -> None:
     for source in classes:
         target, origin = (out / source.split).resolve(), source.path.resolve()
         if origin.is_relative_to(target) or target.is_relative_to(origin):
-            raise DataError(f"--out {out} would change the downloads in {source.path}: choose "
-                            "another folder (files are linked, not copied)")
+            raise DataError(
+                f"--out {out} would change the downloads in {source.path}: choose "
+                "another folder (files are linked, not copied)"
+            )
 
 
 def unmade(classes: list[ClassSource], out: Path, workers: int) -> list[ClassSource]:
@@ -172,17 +209,25 @@ def unmade(classes: list[ClassSource], out: Path, workers: int) -> list[ClassSou
     or a power cut leave folders that look finished.
     """
     wanted = {out / c.split / c.wnid: c for c in classes}
-    there = [p for split in SPLITS for p in sorted((out / split).glob("[!.]*"))
-             if p.is_dir() and any(p.iterdir())]
+    there = [
+        p
+        for split in SPLITS
+        for p in sorted((out / split).glob("[!.]*"))
+        if p.is_dir() and any(p.iterdir())
+    ]
     foreign = [str(path) for path in there if path not in wanted]
     if foreign:
-        raise DataError(f"{foreign[0]} ({len(foreign)} such) is not one of the classes to prepare: "
-                        "choose an empty --out")
+        raise DataError(
+            f"{foreign[0]} ({len(foreign)} such) is not one of the classes to prepare: "
+            "choose an empty --out"
+        )
     same = for_each(partial(is_made, out=out), [wanted[p] for p in there], workers, "comparing")
     differing = [str(path) for path, is_same in zip(there, same, strict=True) if not is_same]
     if differing:
-        raise DataError("other images than the source's, or not all of them, are in "
-                        f"{', '.join(differing)}: remove these folders and run again")
+        raise DataError(
+            "other images than the source's, or not all of them, are in "
+            f"{', '.join(differing)}: remove these folders and run again"
+        )
     return [wanted[path] for path in sorted(wanted.keys() - set(there))]
 
 
@@ -200,22 +245,28 @@ def check_space(todo: list[ClassSource], out: Path, copy: bool) -> None:
     needed += needed // 50  # the last block of a file is half empty
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise DataError(f"--out {out} needs {needed / 1e9:.1f} GB, its disk has "
-                        f"{free / 1e9:.1f} GB free: choose another disk")
+        raise DataError(
+            f"--out {out} needs {needed / 1e9:.1f} GB, its disk has "
+            f"{free / 1e9:.1f} GB free: choose another disk"
+        )
 
 
 def check_md5(archive: Path) -> None:
     """Compare one of the official archives with the published MD5; DataError when it differs."""
-    expected, = (md5 for name, md5 in ARCHIVE_META.values() if name == archive.name)
+    (expected,) = (md5 for name, md5 in ARCHIVE_META.values() if name == archive.name)
     digest = hashlib.md5(usedforsecurity=False)
-    with archive.open("rb") as file, tqdm(total=archive.stat().st_size, desc="checksum",
-                                          unit="B", unit_scale=True) as bar:
+    with (
+        archive.open("rb") as file,
+        tqdm(total=archive.stat().st_size, desc="checksum", unit="B", unit_scale=True) as bar,
+    ):
         while block := file.read(READ):
             digest.update(block)
             bar.update(len(block))
     if digest.hexdigest() != expected:
-        raise DataError(f"{archive} has MD5 {digest.hexdigest()}, the official one {expected}: "
-                        "download it again, or take it as it is with --no_checksum")
+        raise DataError(
+            f"{archive} has MD5 {digest.hexdigest()}, the official one {expected}: "
+            "download it again, or take it as it is with --no_checksum"
+        )
 
 
 @contextmanager
@@ -232,14 +283,23 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def for_each(function: Callable, tasks: Sequence, workers: int, desc: str, *, unit: str = "class",
-             size: Callable[[object], int] = lambda task: 1) -> list:
+def for_each(
+    function: Callable,
+    tasks: Sequence,
+    workers: int,
+    desc: str,
+    *,
+    unit: str = "class",
+    size: Callable[[object], int] = lambda task: 1,
+) -> list:
     """`function` of every task, in order, by several processes; a task counts `size` in the bar."""
     if not tasks:
         return []
     results = []
-    with (ProcessPoolExecutor(min(workers, len(tasks)), initializer=_follow_parent) as pool,
-          tqdm(total=sum(map(size, tasks)), desc=desc, unit=unit) as bar):
+    with (
+        ProcessPoolExecutor(min(workers, len(tasks)), initializer=_follow_parent) as pool,
+        tqdm(total=sum(map(size, tasks)), desc=desc, unit=unit) as bar,
+    ):
         try:
             for task, result in zip(tasks, pool.map(function, tasks), strict=True):
                 results.append(result)

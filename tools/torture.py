@@ -31,9 +31,15 @@ from training.engine import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("images_per_s", "data_wait", "seconds")
-BLOWS = ((LATEST, signal.SIGKILL),  # torn, as by a power cut, and then torchrun is killed
-         ("torchrun", signal.SIGKILL), ("torchrun", signal.SIGTERM), ("torchrun", signal.SIGINT),
-         ("rank", signal.SIGKILL), ("rank", signal.SIGTERM), ("rank", signal.SIGUSR1))
+BLOWS = (
+    (LATEST, signal.SIGKILL),  # torn, as by a power cut, and then torchrun is killed
+    ("torchrun", signal.SIGKILL),
+    ("torchrun", signal.SIGTERM),
+    ("torchrun", signal.SIGINT),
+    ("rank", signal.SIGKILL),
+    ("rank", signal.SIGTERM),
+    ("rank", signal.SIGUSR1),
+)
 
 
 class NotEqual(Exception):
@@ -49,13 +55,39 @@ class Tally:
 
 
 def command(folder: Path, data: Path, epochs: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-            "--monitor_interval=0.05", "--max_restarts=100",
-            "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
-            __file__, "--record", str(folder / "steps"), "--data_dir", str(data),
-            "--model", "twistnet18", "--img_size", "32", "--batch_size", "4", "--workers", "1",
-            "--epochs", str(epochs), "--save_minutes", "0.03", "--resume", "auto",
-            "--checkpoint_dir", str(folder / "checkpoints"), "--weights_dir", str(folder)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "--monitor_interval=0.05",
+        "--max_restarts=100",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2",
+        __file__,
+        "--record",
+        str(folder / "steps"),
+        "--data_dir",
+        str(data),
+        "--model",
+        "twistnet18",
+        "--img_size",
+        "32",
+        "--batch_size",
+        "4",
+        "--workers",
+        "1",
+        "--epochs",
+        str(epochs),
+        "--save_minutes",
+        "0.03",
+        "--resume",
+        "auto",
+        "--checkpoint_dir",
+        str(folder / "checkpoints"),
+        "--weights_dir",
+        str(folder),
+    ]
 
 
 def ranks(torchrun: int) -> list[int]:
@@ -140,17 +172,21 @@ def report(whole: Path, hurt: Path, tally: Tally, seconds: float) -> bool:
     weights, rows = final(whole)
     hurt_weights, hurt_rows = final(hurt)
     same = weights.keys() == hurt_weights.keys() and all(
-        torch.equal(weights[name], hurt_weights[name]) for name in weights)
+        torch.equal(weights[name], hurt_weights[name]) for name in weights
+    )
     total = len((whole / "steps").read_text().splitlines()) - 1
     noted = (hurt / "steps").read_text().split()
     done = [int(step) for step in noted if step != "start"]
     lost = set(range(total)) - set(done)
     table = {
-        "kills": tally.kills.total(), "resumes": noted.count("start") - 1,
-        "fallbacks to latest.prev.pt":
-            (hurt / "output.log").read_bytes().count(b"; going on from "),
+        "kills": tally.kills.total(),
+        "resumes": noted.count("start") - 1,
+        "fallbacks to latest.prev.pt": (hurt / "output.log")
+        .read_bytes()
+        .count(b"; going on from "),
         "steps of the run": total,
-        "steps repeated": len(done) - len(set(done)), "steps lost": len(lost),
+        "steps repeated": len(done) - len(set(done)),
+        "steps lost": len(lost),
         "weights, bit for bit": "equal" if same else "NOT EQUAL",
         "log, but for timings": "equal" if rows == hurt_rows else "NOT EQUAL",
         "seconds": round(seconds),
@@ -166,8 +202,13 @@ def report(whole: Path, hurt: Path, tally: Tally, seconds: float) -> bool:
 def main() -> None:
     parser = Parser(prog="python -m tools.torture", description=__doc__)
     parser.add_argument("--kills", type=at_least(1), default=10, metavar="N", help="how many")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="S",
-                        help="of the moments and the kinds of kills")
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="S",
+        help="of the moments and the kinds of kills",
+    )
     args = parser.parse_args()
     started, rng, tally = time.monotonic(), random.Random(args.seed), Tally(args.kills)
     with tempfile.TemporaryDirectory(prefix="torture-") as name:

@@ -44,17 +44,40 @@ START_GATE = 1 / (1 + math.exp(2))
 
 def parse_args(argv: list[str] | None):
     parser = Parser(prog="python -m tools.visualize", description=__doc__)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE",
-                        help="image file, folder of images, or folder of class folders")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE",
-                        help="best.pt of a run, or a weights file, of a TwistNet")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="folder for the pictures; made if it is not there")
-    parser.add_argument("--block", default="layer3.1", metavar="NAME",
-                        help="block to look into: layer3.0, layer3.1, layer4.0 or layer4.1; "
-                             "layer4's maps have a quarter of the positions")
-    parser.add_argument("--img_size", type=at_least(32), metavar="PX",
-                        help="crop (default: that of the checkpoint, else 224)")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="image file, folder of images, or folder of class folders",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="best.pt of a run, or a weights file, of a TwistNet",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the pictures; made if it is not there",
+    )
+    parser.add_argument(
+        "--block",
+        default="layer3.1",
+        metavar="NAME",
+        help="block to look into: layer3.0, layer3.1, layer4.0 or layer4.1; "
+        "layer4's maps have a quarter of the positions",
+    )
+    parser.add_argument(
+        "--img_size",
+        type=at_least(32),
+        metavar="PX",
+        help="crop (default: that of the checkpoint, else 224)",
+    )
     return parser.parse_args(argv)
 
 
@@ -115,8 +138,10 @@ def find_images(places: list[Path]) -> tuple[list[Path], list[Path]]:
             pictures.append(place)
         elif names := class_folders(place):
             if len(names) > MOST_CLASSES:
-                raise DataError(f"{place}: {len(names)} class folders are more than a figure can "
-                                f"show: give a folder with at most {MOST_CLASSES}")
+                raise DataError(
+                    f"{place}: {len(names)} class folders are more than a figure can "
+                    f"show: give a folder with at most {MOST_CLASSES}"
+                )
             folders.append(place)
         else:
             inside = [place / file for file in list_images(place, ".")]
@@ -128,8 +153,11 @@ def find_images(places: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def free_name(folder: Path, stem: str, taken: set[str]) -> Path:
     """folder/stem.png, or with a number where this call has written one of that name."""
-    name = next(name for i in range(1, len(taken) + 2)
-                if (name := stem if i == 1 else f"{stem}-{i}") not in taken)
+    name = next(
+        name
+        for i in range(1, len(taken) + 2)
+        if (name := stem if i == 1 else f"{stem}-{i}") not in taken
+    )
     taken.add(name)
     return folder / f"{name}.png"
 
@@ -145,16 +173,16 @@ def draw_page(path: Path, model, image: torch.Tensor, *, block: str, names: list
         axes = top.subplots(1, 4, width_ratios=[1, 1, 0.9, 1.1])
         axes[0].imshow(photo)
         bare(axes[0], f"Input, {photo.shape[1]} px")
-        best = [f"{names[i]} {100 * p:.0f} %" for i, p in
-                zip(labels.tolist(), chances.tolist(), strict=True)]
+        best = [
+            f"{names[i]} {100 * p:.0f} %"
+            for i, p in zip(labels.tolist(), chances.tolist(), strict=True)
+        ]
         axes[0].set_xlabel("\n".join(best), fontsize=7.5)
-        draw_evidence(axes[1], photo, class_maps[0, labels[0]].numpy(),
-                      names[labels[0]])
+        draw_evidence(axes[1], photo, class_maps[0, labels[0]].numpy(), names[labels[0]])
         draw_gates(axes[2], views, block)
         draw_weights(axes[3], view, block)
         draw_directions(middle, view, photo.shape[:2])
-        below.text(0.02, 0.45, explanation(view, block), fontsize=7.5, va="center",
-                   linespacing=1.4)
+        below.text(0.02, 0.45, explanation(view, block), fontsize=7.5, va="center", linespacing=1.4)
 
 
 def head_names(stepping: bool) -> list[str]:
@@ -177,14 +205,20 @@ def draw_evidence(axes, photo: np.ndarray, class_map: np.ndarray, name: str) -> 
     height, width = photo.shape[:2]
     extent = (0, width, height, 0)
     axes.imshow(photo.mean(2), cmap="gray", extent=extent)
-    shown = axes.imshow(class_map, cmap="cividis", alpha=0.6, extent=extent,
-                        interpolation="bilinear")
+    shown = axes.imshow(
+        class_map, cmap="cividis", alpha=0.6, extent=extent, interpolation="bilinear"
+    )
     rows, columns = class_map.shape
     low, high = class_map.min(), class_map.max()
     if min(rows, columns) > 1 and low < high:  # a line, which a print in grey shows as well
-        axes.contour((np.arange(columns) + 0.5) * width / columns,
-                     (np.arange(rows) + 0.5) * height / rows, class_map,
-                     levels=[(low + high) / 2], colors="#ffffff", linewidths=1.2)
+        axes.contour(
+            (np.arange(columns) + 0.5) * width / columns,
+            (np.arange(rows) + 0.5) * height / rows,
+            class_map,
+            levels=[(low + high) / 2],
+            colors="#ffffff",
+            linewidths=1.2,
+        )
     bare(axes, f"Evidence for {name}")
     bar = axes.figure.colorbar(shown, ax=axes, orientation="horizontal", pad=0.02, aspect=25)
     bar.ax.tick_params(labelsize=7)
@@ -194,8 +228,15 @@ def draw_evidence(axes, photo: np.ndarray, class_map: np.ndarray, name: str) -> 
 def draw_gates(axes, views: dict[str, View], block: str) -> None:
     for place, (name, view) in enumerate(views.items()):
         axes.barh(place, view.gate, color=COLOURS[1] if name == block else COLOURS[6], height=0.6)
-        axes.text(1, place, f"{view.gate:.3f}", transform=axes.get_yaxis_transform(),
-                  va="center", ha="right", fontsize=7.5)
+        axes.text(
+            1,
+            place,
+            f"{view.gate:.3f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            ha="right",
+            fontsize=7.5,
+        )
     axes.axvline(START_GATE, color="#000000", lw=1, ls=(0, (3, 2)))
     axes.set_yticks(range(len(views)), views, fontsize=7.5)
     axes.set_ylim(len(views) - 0.4, -0.6)
@@ -214,17 +255,36 @@ def draw_weights(axes, view: View, block: str) -> None:
         return bare(axes, axes.get_title())
     for place, weights in enumerate(view.weights[0]):
         weights = weights.numpy()
-        for part, shade, marker, above in ((weights[:REDUCED], COLOURS[2], "o", 0.15),
-                                           (weights[REDUCED:], COLOURS[1], "|", -0.15)):
-            axes.scatter(part, [place - above] * len(part), s=14, color=shade, marker=marker,
-                         lw=0.8, alpha=0.8)
-        axes.text(1.02, place, f"{weights.mean():.3f}", transform=axes.get_yaxis_transform(),
-                  va="center", fontsize=7.5)
+        for part, shade, marker, above in (
+            (weights[:REDUCED], COLOURS[2], "o", 0.15),
+            (weights[REDUCED:], COLOURS[1], "|", -0.15),
+        ):
+            axes.scatter(
+                part,
+                [place - above] * len(part),
+                s=14,
+                color=shade,
+                marker=marker,
+                lw=0.8,
+                alpha=0.8,
+            )
+        axes.text(
+            1.02,
+            place,
+            f"{weights.mean():.3f}",
+            transform=axes.get_yaxis_transform(),
+            va="center",
+            fontsize=7.5,
+        )
     axes.set_yticks(range(HEADS), head_names(view.kernels is not None), fontsize=7.5)
     axes.set_ylim(HEADS - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_xlabel("● z (orange)   | pairs (blue)   right: mean" if view.maps.shape[2] > REDUCED
-                    else "● z   right: mean", fontsize=7)
+    axes.set_xlabel(
+        "● z (orange)   | pairs (blue)   right: mean"
+        if view.maps.shape[2] > REDUCED
+        else "● z   right: mean",
+        fontsize=7,
+    )
 
 
 def draw_directions(figure, view: View, size: tuple[int, int]) -> None:
@@ -237,13 +297,19 @@ def draw_directions(figure, view: View, size: tuple[int, int]) -> None:
     maps = maps.numpy()
     for k, channels in enumerate(strongest.tolist()):
         learnt = None if view.kernels is None else view.kernels[k]
-        axes[k, 0].set_ylabel(head_names(learnt is not None)[k], fontsize=9, rotation=0,
-                              ha="right", va="center")
+        axes[k, 0].set_ylabel(
+            head_names(learnt is not None)[k], fontsize=9, rotation=0, ha="right", va="center"
+        )
         draw_kernel(axes[k, 0], None if learnt is None else direction_kernels()[k][None])
         draw_kernel(axes[k, 1], learnt)
         for panel, channel, values in zip(axes[k, 2:], channels, maps[k], strict=True):
-            picture = panel.imshow(values, cmap="cividis", vmin=min(0, maps.min()),
-                                   vmax=maps.max(), extent=(0, size[1], size[0], 0))
+            picture = panel.imshow(
+                values,
+                cmap="cividis",
+                vmin=min(0, maps.min()),
+                vmax=maps.max(),
+                extent=(0, size[1], size[0], 0),
+            )
             bare(panel, f"{names[channel]}   {100 * view.shares[0, k, channel]:.1f} %")
     axes[0, 0].set_title("step at the start", fontsize=8)
     axes[0, 1].set_title("step learnt", fontsize=8)
@@ -274,21 +340,30 @@ def explanation(view: View, block: str) -> str:
     looks = "Each of STCI's four heads looks at the picture once: z, 8 channels; no products."
     products = view.maps.shape[2] > REDUCED
     if products and view.kernels is None:
-        looks = ("Each of STCI's four heads has 8 channels, z, and multiplies each position with "
-                 "itself (t = z, no step). A pair zi·tj is large (yellow) where channels i and j "
-                 "are seen.")
+        looks = (
+            "Each of STCI's four heads has 8 channels, z, and multiplies each position with "
+            "itself (t = z, no step). A pair zi·tj is large (yellow) where channels i and j "
+            "are seen."
+        )
     elif products:
-        looks = ("In each direction STCI looks at the picture twice: z, 8 channels, and t, the "
-                 "same one step on in that direction (3 × 3 kernels; learnt: mean ± spread over "
-                 "the 8). A pair zi·tj is large (yellow) where channel i is seen and, one step "
-                 "on, channel j.")
-    ais = "" if view.weights is None else (
-        "AIS multiplies each channel by its weight, 0 to 1, chosen for this picture. ")
-    text = (f"{looks} The maps, in the frame of the input, are those of the "
-            f"{'pairs' if products else 'channels'} with the largest "
-            f"share in STCI's output in {block}; the shares of all {view.maps.shape[2] * HEADS} "
-            f"channels sum to 100 %. {ais}The gate multiplies STCI's output before it is added to "
-            "the block's own.")
+        looks = (
+            "In each direction STCI looks at the picture twice: z, 8 channels, and t, the "
+            "same one step on in that direction (3 × 3 kernels; learnt: mean ± spread over "
+            "the 8). A pair zi·tj is large (yellow) where channel i is seen and, one step "
+            "on, channel j."
+        )
+    ais = (
+        ""
+        if view.weights is None
+        else ("AIS multiplies each channel by its weight, 0 to 1, chosen for this picture. ")
+    )
+    text = (
+        f"{looks} The maps, in the frame of the input, are those of the "
+        f"{'pairs' if products else 'channels'} with the largest "
+        f"share in STCI's output in {block}; the shares of all {view.maps.shape[2] * HEADS} "
+        f"channels sum to 100 %. {ais}The gate multiplies STCI's output before it is added to "
+        "the block's own."
+    )
     return textwrap.fill(text, 128)
 
 
@@ -304,8 +379,11 @@ def compare_classes(path: Path, model, folder: Path, block: str, reader: Reader)
                 raise DataError(f"{folder / name}: no image that can be read")
             mean, std = weights.mean(0), weights.std(0, correction=1 if len(weights) > 1 else 0)
             found[name] = weights[:, list(twist_blocks(model)).index(block)]
-            lines += [[name, len(weights), b, angle, f"{mean[i, k]:.6f}", f"{std[i, k]:.6f}"]
-                      for i, b in enumerate(twist_blocks(model)) for k, angle in enumerate(ANGLES)]
+            lines += [
+                [name, len(weights), b, angle, f"{mean[i, k]:.6f}", f"{std[i, k]:.6f}"]
+                for i, b in enumerate(twist_blocks(model))
+                for k, angle in enumerate(ANGLES)
+            ]
         stepping = twist_blocks(model)[block].stci.twist is not None
         draw_comparison(figure, found, block, head_names(stepping))
     text = io.StringIO(newline="")
@@ -317,8 +395,11 @@ def class_weights(model, images: list[Path], reader: Reader) -> torch.Tensor:
     """AIS's mean weight over a direction's channels: N, blocks, 4, of the images that are read."""
     rows = []
     for first in range(0, len(images), BATCH):
-        batch = [image for path in images[first : first + BATCH]
-                 if (image := reader.read(path)) is not None]
+        batch = [
+            image
+            for path in images[first : first + BATCH]
+            if (image := reader.read(path)) is not None
+        ]
         if batch:
             _, _, views = look_inside(model, normalise(torch.stack(batch)))
             rows.append(torch.stack([view.weights.mean(2) for view in views.values()], 1))
@@ -330,25 +411,39 @@ def draw_comparison(figure, found: dict[str, torch.Tensor], block: str, heads: l
     panels = figure.subplots(1, HEADS, sharey=True)
     rows = range(len(found))
     means = torch.stack([x.mean(0) for x in found.values()]).numpy()  # classes, 4
-    errors = torch.stack([1.96 * x.std(0, correction=min(1, len(x) - 1)) / len(x) ** 0.5
-                          for x in found.values()]).numpy()
+    errors = torch.stack(
+        [1.96 * x.std(0, correction=min(1, len(x) - 1)) / len(x) ** 0.5 for x in found.values()]
+    ).numpy()
     centres = means.mean(0)
     # as wide for every direction, so that equal distances are equal differences
     reach = 1.1 * max((np.abs(means - centres) + errors).max(), 1e-6)
     for k, axes in enumerate(panels):
         axes.axvline(centres[k], color="#888888", lw=1, ls=(0, (3, 2)))
-        axes.errorbar(means[:, k], rows, xerr=errors[:, k], fmt=MARKERS[k], ms=4.5, lw=1.2,
-                      color=COLOURS[1 + k])
+        axes.errorbar(
+            means[:, k],
+            rows,
+            xerr=errors[:, k],
+            fmt=MARKERS[k],
+            ms=4.5,
+            lw=1.2,
+            color=COLOURS[1 + k],
+        )
         axes.set_xlim(centres[k] - reach, centres[k] + reach)
         axes.set_title(heads[k])
         axes.tick_params(axis="x", labelsize=7.5)
         axes.locator_params(axis="x", nbins=3)
     panels[0].set_yticks(rows, [f"{name} ({len(x)})" for name, x in found.items()], fontsize=8)
     panels[0].set_ylim(len(found) - 0.5, -0.5)
-    figure.suptitle(f"AIS weight of each direction in {block}, by class (images)", fontsize=10,
-                    fontweight="bold")
-    figure.supxlabel("mean over the direction's channels and the class's images, with 95 % "
-                     "interval; dashed: mean of all classes", fontsize=8)
+    figure.suptitle(
+        f"AIS weight of each direction in {block}, by class (images)",
+        fontsize=10,
+        fontweight="bold",
+    )
+    figure.supxlabel(
+        "mean over the direction's channels and the class's images, with 95 % "
+        "interval; dashed: mean of all classes",
+        fontsize=8,
+    )
 
 
 if __name__ == "__main__":

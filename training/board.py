@@ -27,8 +27,10 @@ class Board:
             if self.make_writer:
                 self._write(rows)
         except OSError as error:  # a full disk does not end a run for want of its curves
-            print(f"warning: {self.folder}: the event file could not be written "
-                  f"({error.strerror})", flush=True)
+            print(
+                f"warning: {self.folder}: the event file could not be written ({error.strerror})",
+                flush=True,
+            )
 
     def _write(self, rows: list[dict]) -> None:
         if self.writer is None:

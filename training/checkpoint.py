@@ -105,8 +105,10 @@ class Checkpoints:
             self.failures += 1
             reason = f"the checkpoint could not be written to {self.folder} ({error.strerror})"
             if self.failures >= ALLOWED_FAILURES:
-                raise RunError(f"{reason}, {self.failures} times in a row: free space there, then "
-                               f"resume from {latest}") from error
+                raise RunError(
+                    f"{reason}, {self.failures} times in a row: free space there, then "
+                    f"resume from {latest}"
+                ) from error
             return f"warning: {reason}; {LATEST} is still the one before, training goes on"
         self.failures, self.trusted = 0, True
         return None
@@ -128,8 +130,10 @@ def load_checkpoint(path: Path) -> tuple[dict, str | None]:
         try:
             return _read(previous), f"warning: {path} {error}; going on from {previous}"
         except _Damaged as older:
-            raise RunError(f"{path} {error}, and {previous} {older}: nothing was overwritten; "
-                           "--overwrite sets both aside and starts anew") from older
+            raise RunError(
+                f"{path} {error}, and {previous} {older}: nothing was overwritten; "
+                "--overwrite sets both aside and starts anew"
+            ) from older
 
 
 def _is_whole(path: Path) -> bool:
@@ -143,8 +147,18 @@ class _Damaged(Exception):
     pass
 
 
-_KEYS = {"model", "optimizer", "scaler", "step", "sums", "clock", "rows", "config", "classes",
-         "images"}
+_KEYS = {
+    "model",
+    "optimizer",
+    "scaler",
+    "step",
+    "sums",
+    "clock",
+    "rows",
+    "config",
+    "classes",
+    "images",
+}
 
 
 def _read(path: Path) -> dict:
@@ -161,8 +175,10 @@ def _read(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise RunError(f"{path} holds more than tensors, numbers and text, and was not "
-                       "loaded: such a file can run code") from error
+        raise RunError(
+            f"{path} holds more than tensors, numbers and text, and was not "
+            "loaded: such a file can run code"
+        ) from error
     except Exception as error:  # the unpickler raises whatever a senseless pickle led it to
         raise _Damaged(f"cannot be loaded ({type(error).__name__})") from error
     if not isinstance(state, dict) or not state.keys() >= _KEYS:

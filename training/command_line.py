@@ -35,8 +35,9 @@ class Parser(argparse.ArgumentParser):
         """The destinations that the command line names itself, whatever their values."""
         unset = object()
         blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
-        return {name for name, value in vars(self.parse_args(args, blank)).items()
-                if value is not unset}
+        return {
+            name for name, value in vars(self.parse_args(args, blank)).items() if value is not unset
+        }
 
 
 class UsageError(RunError):
@@ -52,28 +53,39 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 def _underscored(word: str) -> str:
     name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if (
-        word.startswith("--") and len(name) > 2) else word
+    return (
+        name.replace("-", "_").replace("__", "--", 1) + equals + value
+        if (word.startswith("--") and len(name) > 2)
+        else word
+    )
 
 
 def add_amp_flags(group) -> argparse._ArgumentGroup:
     """--amp and --no_amp, None where neither is given; see engine.choose_precision."""
-    group.add_argument("--amp", action="store_true", default=None,
-                       help="mixed precision, the default with CUDA and on CPUs with bf16 "
-                            "instructions: bf16, or fp16 on GPUs without bf16")
-    group.add_argument("--no_amp", dest="amp", action="store_false", default=None,
-                       help="float32 throughout")
+    group.add_argument(
+        "--amp",
+        action="store_true",
+        default=None,
+        help="mixed precision, the default with CUDA and on CPUs with bf16 "
+        "instructions: bf16, or fp16 on GPUs without bf16",
+    )
+    group.add_argument(
+        "--no_amp", dest="amp", action="store_false", default=None, help="float32 throughout"
+    )
     return group
 
 
 def add_tensorboard_flag(group) -> None:
-    group.add_argument("--tensorboard", action="store_true",
-                       help="also write the log as TensorBoard's event files, beside it "
-                            "(pip install tensorboard)")
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the log as TensorBoard's event files, beside it (pip install tensorboard)",
+    )
 
 
 def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
     """An argparse type: a finite number of `kind` that is not below `minimum`."""
+
     def parse(text: str):
         try:
             value = kind(text)
@@ -82,8 +94,10 @@ def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
         if value is None or not minimum <= value < 2**63:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a{'n integer' if kind is int else ' number'} "
-                f"of at least {minimum}")
+                f"of at least {minimum}"
+            )
         return value
+
     return parse
 
 
@@ -104,13 +118,18 @@ def run(main: Callable[[], None], *usage_errors: type[Exception]) -> None:
     except Preempted as error:
         code = _say(str(error), EXIT_PREEMPTED)
     except torch.OutOfMemoryError as error:
-        code = _say("error: CUDA out of memory: use a smaller --batch_size "
-                    f"({str(error).splitlines()[0]})", EXIT_FAILED)
+        code = _say(
+            f"error: CUDA out of memory: use a smaller --batch_size ({str(error).splitlines()[0]})",
+            EXIT_FAILED,
+        )
     except RuntimeError as error:
         if "gloo/transport" not in str(error) and "NCCL" not in str(error):
             raise
-        code = _say(f"error: another rank is gone: resume from {LATEST}, as torchrun "
-                    "--max_restarts does with --resume auto", EXIT_FAILED)
+        code = _say(
+            f"error: another rank is gone: resume from {LATEST}, as torchrun "
+            "--max_restarts does with --resume auto",
+            EXIT_FAILED,
+        )
     except BrokenPipeError:  # whoever read the output has left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED

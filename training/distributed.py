@@ -62,8 +62,14 @@ class World:
 def start_processes() -> World:
     """Join torchrun's process group if there is one, and take this process's device."""
     rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default)) for name, default in
-        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        int(os.environ.get(name, default))
+        for name, default in (
+            ("RANK", 0),
+            ("WORLD_SIZE", 1),
+            ("LOCAL_RANK", 0),
+            ("LOCAL_WORLD_SIZE", 1),
+        )
+    )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -75,7 +81,9 @@ def start_processes() -> World:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size,
+            store=dist.PrefixStore(f"attempt {attempt}", store),
+            rank=rank,
+            world_size=size,
             device_id=device if device.type == "cuda" else None,
             timeout=datetime.timedelta(minutes=30),
         )

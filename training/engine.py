@@ -72,14 +72,18 @@ class Trainer:
         self.wrapped = self.model
         if self.world.size > 1:
             self.wrapped = DistributedDataParallel(
-                self.model, device_ids=[device] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True, forward_sync_buffers=False)
+                self.model,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                forward_sync_buffers=False,
+            )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def autocast(self):
-        return torch.autocast(self.world.device.type, PRECISIONS[self.precision],
-                              enabled=self.precision != "fp32")
+        return torch.autocast(
+            self.world.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"
+        )
 
     @property
     def sums(self) -> list[float]:
@@ -154,15 +158,22 @@ class Score:
     unreadable: list[str] = field(default_factory=list)  # files that were not scored
 
     def row(self, prefix: str) -> dict[str, float]:
-        return {f"{prefix}_loss": self.loss / self.images,
-                f"{prefix}_top1": 100 * self.top1 / self.images,
-                f"{prefix}_top5": 100 * self.top5 / self.images}
+        return {
+            f"{prefix}_loss": self.loss / self.images,
+            f"{prefix}_top1": 100 * self.top1 / self.images,
+            f"{prefix}_top5": 100 * self.top5 / self.images,
+        }
 
 
 @torch.inference_mode()
 def evaluate(
-    trainer: Trainer, batches: Iterable, normalise: Callable, *, rounds: int,
-    name_of: Callable[[int], str], between: Callable[[], None] = lambda: None,
+    trainer: Trainer,
+    batches: Iterable,
+    normalise: Callable,
+    *,
+    rounds: int,
+    name_of: Callable[[int], str],
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Score, torch.Tensor]:
     """Score the bare module on every image once; also this rank's (index, prediction), N × 2.
 
@@ -188,8 +199,14 @@ def evaluate(
         logits = logits.float()
         ranked = logits.topk(min(5, logits.shape[1])).indices
         hits = ranked == labels[:, None]
-        sums += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(),
-                             hits[:, 0].sum(), hits.sum(), labels.new_tensor(len(labels))])
+        sums += torch.stack(
+            [
+                F.cross_entropy(logits, labels, reduction="sum").double(),
+                hits[:, 0].sum(),
+                hits.sum(),
+                labels.new_tensor(len(labels)),
+            ]
+        )
         predictions.append(torch.stack([batch.index.to(world.device), ranked[:, 0]], dim=1))
     loss, top1, top5, images = world.sum(sums.tolist())  # the one wait for the device
     seen = torch.cat(predictions) if predictions else torch.empty(0, 2, dtype=torch.int64)

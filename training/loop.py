@@ -47,8 +47,9 @@ def restore(trainer: Trainer, state: dict) -> Progress:
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state["scaler"])
-        return Progress(state["step"], state["rows"], state["sums"], state["clock"],
-                        state.get("broken", []))  # which the first checkpoints do not hold
+        return Progress(
+            state["step"], state["rows"], state["sums"], state["clock"], state.get("broken", [])
+        )  # which the first checkpoints do not hold
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"the checkpoint does not fit this run: {error}") from error
 
@@ -106,9 +107,10 @@ class Run:
             score = self.validate(self._agree)
             if score.unreadable:
                 self.save()
-                raise RunError(f"{len(score.unreadable)} validation images cannot be read, and are "
-                               "never replaced: restore them, then resume: "
-                               + ", ".join(score.unreadable))
+                raise RunError(
+                    f"{len(score.unreadable)} validation images cannot be read, and are "
+                    "never replaced: restore them, then resume: " + ", ".join(score.unreadable)
+                )
             self._finish_epoch(score, time.monotonic() - validating)
         if self.world.max([self.checkpoints.failures])[0]:
             # The best epoch is about to be read back, or the last to be exported: now or never.
@@ -132,9 +134,14 @@ class Run:
         progress = self.progress
         seconds, waited = progress.clock
         started = shown = time.monotonic()
-        with tqdm(total=self.steps_per_epoch, initial=self.step_in_epoch, unit="step",
-                  desc=f"epoch {self.epoch}/{self.epochs}", leave=False,
-                  disable=None if self.world.main else True) as bar:
+        with tqdm(
+            total=self.steps_per_epoch,
+            initial=self.step_in_epoch,
+            unit="step",
+            desc=f"epoch {self.epoch}/{self.epochs}",
+            leave=False,
+            disable=None if self.world.main else True,
+        ) as bar:
             while self.step_in_epoch < self.steps_per_epoch:
                 self._agree()
                 asked = time.monotonic()
@@ -157,8 +164,10 @@ class Run:
         loss, images = self.trainer.sums
         self.diverged |= not self.trainer.is_finite()
         rate = images * self.world.size / max(1e-9, self.progress.clock[0])
-        bar.set_postfix_str(f"loss {loss / max(1, images):.3f}, "
-                            f"lr {self.lr_of(self.progress.step - 1):.4g}, {rate:.0f} images/s")
+        bar.set_postfix_str(
+            f"loss {loss / max(1, images):.3f}, "
+            f"lr {self.lr_of(self.progress.step - 1):.4g}, {rate:.0f} images/s"
+        )
 
     def _finish_epoch(self, score: Score, validation_seconds: float) -> None:
         progress = self.progress
@@ -167,10 +176,14 @@ class Run:
         seconds, waited = progress.clock
         best_before = progress.best
         row = {
-            "epoch": self.epoch, "lr": self.lr_of(progress.step - 1),
-            "train_loss": loss / images, **score.row("val"),
-            "images_per_s": round(images / seconds, 1), "data_wait": round(waited / seconds, 4),
-            "seconds": round(seconds + validation_seconds, 2), **self.extra_row(),
+            "epoch": self.epoch,
+            "lr": self.lr_of(progress.step - 1),
+            "train_loss": loss / images,
+            **score.row("val"),
+            "images_per_s": round(images / seconds, 1),
+            "data_wait": round(waited / seconds, 4),
+            "seconds": round(seconds + validation_seconds, 2),
+            **self.extra_row(),
         }
         progress.rows.append(row)
         progress.clock = [0.0, 0.0]
@@ -181,11 +194,14 @@ class Run:
         if self.world.main:
             self.folder.write_log(progress.rows)
             self.follow(progress.rows)
-            print(f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}, top-5 "
-                  f"{row['val_top5']:.1f}, val_loss {row['val_loss']:.3f}, train_loss "
-                  f"{row['train_loss']:.3f}, lr {row['lr']:.4g}, {row['images_per_s']:.0f} "
-                  f"images/s, {100 * row['data_wait']:.0f} % of it waiting for data, "
-                  f"{row['seconds']:.0f} s", flush=True)
+            print(
+                f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}, top-5 "
+                f"{row['val_top5']:.1f}, val_loss {row['val_loss']:.3f}, train_loss "
+                f"{row['train_loss']:.3f}, lr {row['lr']:.4g}, {row['images_per_s']:.0f} "
+                f"images/s, {100 * row['data_wait']:.0f} % of it waiting for data, "
+                f"{row['seconds']:.0f} s",
+                flush=True,
+            )
 
     def _note_broken(self, batch) -> None:
         if not batch.broken.any():
@@ -196,11 +212,16 @@ class Run:
             self.folder.event("unreadable_image", file=name, epoch=self.epoch)
             if name not in self.warned:
                 self.warned.add(name)
-                print(f"warning: {name} cannot be read as an image: another of its class takes "
-                      "its place", flush=True)
+                print(
+                    f"warning: {name} cannot be read as an image: another of its class takes "
+                    "its place",
+                    flush=True,
+                )
         for index in batch.index[batch.broken == 2].tolist():
-            raise RunError(f"{self.name_of(index)} cannot be read as an image, nor can any other "
-                           "of its class: restore the files, then resume")
+            raise RunError(
+                f"{self.name_of(index)} cannot be read as an image, nor can any other "
+                "of its class: restore the files, then resume"
+            )
 
     # ------------------------------------------------------------------ saves and stops
 
@@ -208,14 +229,17 @@ class Run:
         """Where all ranks learn what one of them met: a signal, a loss that is not finite, …"""
         due = self.world.main and time.monotonic() - self.saved_at > self.save_seconds
         stop, diverged, due, broken = self.world.sum(
-            [bool(self.stop), self.diverged, due, len(self.broken)])
+            [bool(self.stop), self.diverged, due, len(self.broken)]
+        )
         if diverged:
             self._fail("the loss is not finite")
         if broken > max(ALLOWED_BROKEN, ALLOWED_BROKEN_SHARE * self.frozen["images"]):
             names = sorted(name for names in self.world.gather(self.broken) for name in names)
             self.save()
-            raise RunError(f"{len(names)} training images cannot be read, too many to replace: "
-                           f"restore them, then resume: {', '.join(names)}")
+            raise RunError(
+                f"{len(names)} training images cannot be read, too many to replace: "
+                f"restore them, then resume: {', '.join(names)}"
+            )
         if stop:
             self._leave()
         if due:
@@ -227,11 +251,17 @@ class Run:
         broken = sorted(name for names in self.world.gather(self.broken) for name in names)
         error, bad = None, None
         if self.world.main:
-            state = {**self.frozen, "model": self.trainer.model.state_dict(),
-                     "optimizer": self.trainer.optimizer.state_dict(),
-                     "scaler": self.trainer.scaler.state_dict(), "step": self.progress.step,
-                     "rows": self.progress.rows, "sums": sums, "clock": self.progress.clock,
-                     "broken": broken}
+            state = {
+                **self.frozen,
+                "model": self.trainer.model.state_dict(),
+                "optimizer": self.trainer.optimizer.state_dict(),
+                "scaler": self.trainer.scaler.state_dict(),
+                "step": self.progress.step,
+                "rows": self.progress.rows,
+                "sums": sums,
+                "clock": self.progress.clock,
+                "broken": broken,
+            }
             bad = first_nonfinite({name: state[name] for name in ("model", "optimizer")})
             try:
                 warning = None if bad else self.checkpoints.save(state, best=best)
@@ -257,8 +287,10 @@ class Run:
         return f"epoch {self.epoch} step {self.step_in_epoch}"
 
     def _fail(self, what: str, where: str = "") -> None:
-        message = (f"{what} at {where or self._where()}, learning rate "
-                   f"{self.lr_of(max(0, self.progress.step - 1)):.4g}: use a smaller --lr")
+        message = (
+            f"{what} at {where or self._where()}, learning rate "
+            f"{self.lr_of(max(0, self.progress.step - 1)):.4g}: use a smaller --lr"
+        )
         latest = self.folder.path / LATEST
         if latest.exists():
             message += f" ({latest} is from before)"
@@ -270,7 +302,12 @@ class Run:
         self.save()
         message = f"preempted, {self._where()}, resume with: {self.resume_with}"
         if self.world.main:
-            self.folder.status("preempted", epoch=self.epoch, step=self.step_in_epoch,
-                               message=message, resume=self.resume_with)
+            self.folder.status(
+                "preempted",
+                epoch=self.epoch,
+                step=self.step_in_epoch,
+                message=message,
+                resume=self.resume_with,
+            )
         self.world.barrier()  # torchrun ends the others as soon as one rank leaves
         raise Preempted(message)

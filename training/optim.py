@@ -17,14 +17,17 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def make_sgd(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.SGD:
     """SGD with Nesterov momentum 0.9."""
-    return torch.optim.SGD(decay_groups(model, weight_decay), lr=lr, momentum=0.9, nesterov=True,
-                           fused=True)
+    return torch.optim.SGD(
+        decay_groups(model, weight_decay), lr=lr, momentum=0.9, nesterov=True, fused=True
+    )
 
 
 def make_lamb(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -52,7 +55,12 @@ def lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> flo
 
 
 def timm_lr_at(
-    step: int, *, base: float, total_steps: int, warmup_steps: int, warmup_lr: float,
+    step: int,
+    *,
+    base: float,
+    total_steps: int,
+    warmup_steps: int,
+    warmup_lr: float,
     min_lr: float,
 ) -> float:
     """timm's CosineLRScheduler: a cosine to `min_lr` from step 0 on, begun in the warm-up's shade.

@@ -22,8 +22,12 @@ def write_weights(model: torch.nn.Module, about: dict, name: str, folders: list[
     if bad:
         raise Diverged(f"{bad} is not finite: the weights were not written")
     weights = serialise(state)
-    about = {**about, "parameters": sum(p.numel() for p in model.parameters()), **provenance(),
-             "sha256": sha256(weights)}
+    about = {
+        **about,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **provenance(),
+        "sha256": sha256(weights),
+    }
     for folder in folders:
         path = folder / f"{name}.pt"
         folder.mkdir(parents=True, exist_ok=True)

@@ -46,8 +46,10 @@ class Folder:
             except (BlockingIOError, PermissionError):
                 time.sleep(wait)
             except OSError as error:
-                raise RunError(f"{self.path} lies on a file system without locks "
-                               f"({error.strerror}): use a folder on another one") from error
+                raise RunError(
+                    f"{self.path} lies on a file system without locks "
+                    f"({error.strerror}): use a folder on another one"
+                ) from error
         raise BusyError(f"{self.path} is in use by another running process")
 
     def _sweep_up(self) -> None:
@@ -60,7 +62,8 @@ class Folder:
         """Whether a run has left a checkpoint or a finished epoch here."""
         log = self.path / LOG
         return any((self.path / name).exists() for name in (LATEST, BEST, PREVIOUS)) or (
-            log.exists() and log.read_bytes().strip() != b"")
+            log.exists() and log.read_bytes().strip() != b""
+        )
 
     def set_aside(self, target: Path) -> Path:
         """Move this folder's files, all but hidden ones, into the new folder `target`-<time>."""
@@ -82,6 +85,7 @@ class Folder:
         def append(path: Path) -> None:
             with open(path, "a") as file:
                 file.write(line + "\n")
+
         self._write(EVENTS, append)
 
     def status(self, state: str, **details) -> None:
@@ -92,8 +96,9 @@ class Folder:
         try:
             write(self.path / name)
         except OSError as error:
-            print(f"warning: {self.path / name} could not be written ({error.strerror})",
-                  flush=True)
+            print(
+                f"warning: {self.path / name} could not be written ({error.strerror})", flush=True
+            )
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -116,9 +121,12 @@ def sha256(content: bytes) -> str:
 def provenance() -> dict:
     """Versions, git commit and command line, for results.json and the JSON beside weights."""
     return {
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
-                     "torchvision": str(torchvision.__version__),
-                     "numpy": str(numpy.__version__)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": str(torchvision.__version__),
+            "numpy": str(numpy.__version__),
+        },
         "commit": _commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
@@ -131,8 +139,20 @@ def _commit() -> str | None:
         return None
     try:
         described = subprocess.run(
-            ["git", "-C", os.fspath(root), "describe", "--always", "--dirty", "--abbrev=40",
-             "--exclude=*"], capture_output=True, text=True, timeout=10)
+            [
+                "git",
+                "-C",
+                os.fspath(root),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+                "--exclude=*",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None

@@ -30,11 +30,22 @@ def pretrain(args) -> dict:
     def commands(out: Path, seed: int, *, ours: bool):
         plainly = [] if ours else [*PLAIN, "--nchw"]
         precision = [] if ours else ["--no_amp"]
-        yield [*plainly, "pretrain_imagenet.py", *flags(args), *precision, "--seed", seed,
-               "--checkpoint_dir", out, "--weights_dir", out]
+        yield [
+            *plainly,
+            "pretrain_imagenet.py",
+            *flags(args),
+            *precision,
+            "--seed",
+            seed,
+            "--checkpoint_dir",
+            out,
+            "--weights_dir",
+            out,
+        ]
 
     def accuracies(out: Path):
         yield json.loads((out / "log.jsonl").read_text().splitlines()[-1])["val_top1"]
+
     return end_to_end(args, commands, accuracies, images=args.epochs * len(train))
 
 
@@ -53,17 +64,42 @@ def sweep(args) -> dict:
                 (data / name).symlink_to(splits[0].root.resolve() / name)
         common = [*flags(args), "--data_dir", data, "--pretrained", "none"]
         if ours:
-            yield ["run_all.py", *common, "--models", ",".join(models), "--folds", "1-2",
-                   "--seeds", seed, "--slots", 2, "--run_dir", out]
+            yield [
+                "run_all.py",
+                *common,
+                "--models",
+                ",".join(models),
+                "--folds",
+                "1-2",
+                "--seeds",
+                seed,
+                "--slots",
+                2,
+                "--run_dir",
+                out,
+            ]
         else:
             for model, fold in itertools.product(models, folds):
-                yield [*PLAIN, "train.py", "--no_amp", "--no_cache", *common,
-                       "--model", model, "--fold", fold, "--seed", seed, "--run_dir", out]
+                yield [
+                    *PLAIN,
+                    "train.py",
+                    "--no_amp",
+                    "--no_cache",
+                    *common,
+                    "--model",
+                    model,
+                    "--fold",
+                    fold,
+                    "--seed",
+                    seed,
+                    "--run_dir",
+                    out,
+                ]
 
     def accuracies(out: Path):
         return [read_json(path)["test_acc"] for path in out.glob("*/results.json")]
-    return end_to_end(args, commands, accuracies,
-                      images=args.epochs * len(models) * sum(images))
+
+    return end_to_end(args, commands, accuracies, images=args.epochs * len(models) * sum(images))
 
 
 BUILD = """import os, torch, torchvision
@@ -78,18 +114,37 @@ train.main(sys.argv[1:])"""
 def start(args) -> dict:
     """From the command to the first step of train.py, beside the least that any script must do."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+
         def begin(number: int) -> None:
-            call(["-c", BEGIN, *flags(args), "--pretrained", "none", "--workers", 0,
-                  "--run_dir", Path(folder) / str(number)])
+            call(
+                [
+                    "-c",
+                    BEGIN,
+                    *flags(args),
+                    "--pretrained",
+                    "none",
+                    "--workers",
+                    0,
+                    "--run_dir",
+                    Path(folder) / str(number),
+                ]
+            )
 
         rows = {"torch, torchvision, model": lambda number: call(["-c", BUILD]), "train.py": begin}
-        return {"start": interleaved(rows, rounds=args.rounds, images=1,
-                                     cpu_seconds=children_cpu)}
+        return {"start": interleaved(rows, rounds=args.rounds, images=1, cpu_seconds=children_cpu)}
 
 
 def flags(args) -> list:
-    return ["--data_dir", args.data_dir.resolve(), "--img_size", args.img_size,
-            "--epochs", args.epochs, "--batch_size", args.batch_size]
+    return [
+        "--data_dir",
+        args.data_dir.resolve(),
+        "--img_size",
+        args.img_size,
+        "--epochs",
+        args.epochs,
+        "--batch_size",
+        args.batch_size,
+    ]
 
 
 def read_once(*sources) -> None:
@@ -104,16 +159,23 @@ def end_to_end(args, commands: Callable, accuracies: Callable, *, images: int) -
     """Run both sides' commands with one seed a round; times, and the mean of the accuracies."""
     scores = {"plain loader, --no_amp": [], "ours": []}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+
         def side(name: str):
             def turn(number: int) -> None:
                 out = Path(folder) / f"{name == 'ours'}-{number}"
                 for command in commands(out, 42 + number, ours=name == "ours"):
                     call(command)
                 scores[name] += accuracies(out)
+
             return turn
 
-        table = interleaved({name: side(name) for name in scores}, rounds=args.rounds, warm=0,
-                            images=images, cpu_seconds=children_cpu)
+        table = interleaved(
+            {name: side(name) for name in scores},
+            rounds=args.rounds,
+            warm=0,
+            images=images,
+            cpu_seconds=children_cpu,
+        )
     for row in table:
         row["accuracy"] = sum(scores[row["row"]]) / len(scores[row["row"]])
     return {args.what: table, "images": images, "img_size": args.img_size}

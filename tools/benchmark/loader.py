@@ -47,8 +47,9 @@ def small_tree(args, folder: Path) -> Path:
     """A tree of links to some of --data_dir's images, or of drawn ones."""
     tree = folder / "tree"
     if args.data_dir is None:
-        write_imagenet_tree(tree, train_per_class=-(-args.images // 8), val_per_class=1,
-                            size=DRAWN_SIZE, seed=0)
+        write_imagenet_tree(
+            tree, train_per_class=-(-args.images // 8), val_per_class=1, size=DRAWN_SIZE, seed=0
+        )
         return tree
     if (args.data_dir / ABOUT).exists():
         raise RunError(f"--data_dir {args.data_dir} is packed: give the tree, it is packed here")
@@ -99,6 +100,7 @@ def loader(args) -> dict:
                         collate_fn(dataset.__getitems__(keys))
                     else:
                         collate_fn([dataset[key] for key in keys])
+
             return turn
 
         def ours(source, *, pillow: bool):
@@ -107,10 +109,12 @@ def loader(args) -> dict:
             def with_pillow(number: int) -> None:
                 with pillow_alone():
                     turn(number)
+
             return with_pillow if pillow else turn
 
-        rows = {"plain: PIL, float, RandAugment": epoch(PlainSet(files, args.img_size),
-                                                        default_collate)}
+        rows = {
+            "plain: PIL, float, RandAugment": epoch(PlainSet(files, args.img_size), default_collate)
+        }
         for what, source in (("files", files), ("packed 256", packed)):
             rows[f"{what}, Pillow"] = ours(source, pillow=True)
             if images.fast_jpeg():
@@ -119,9 +123,14 @@ def loader(args) -> dict:
         table = interleaved(rows, rounds=args.rounds, images=len(files))
         train_set = TrainSet(files, TrainTransform(args.img_size), 0)
         few = collate([train_set[0, i % len(files)] for i in range(args.batch_size)])
-        kb = {what: size / len(files) / 1e3 for what, size in (
-            ("files", sum(files.path(i).stat().st_size for i in range(len(files)))),
-            ("packed", packed.data.numel()), ("decoded", pixels.data.numel()))}
+        kb = {
+            what: size / len(files) / 1e3
+            for what, size in (
+                ("files", sum(files.path(i).stat().st_size for i in range(len(files)))),
+                ("packed", packed.data.numel()),
+                ("decoded", pixels.data.numel()),
+            )
+        }
     return {"loader": table, "device": device_part(args, few), "images": len(files), "kb": kb}
 
 
@@ -135,5 +144,5 @@ def device_part(args, batch: Sample) -> list[dict]:
         for micro in range(4):
             draws = batch.draws.roll(4 * number + micro, 0)  # the ops fall on other images
             augment(image, label, draws, step=number, micro=micro)
-    return interleaved({f"ours, on {device.type}": turn}, rounds=args.rounds,
-                       images=4 * len(label))
+
+    return interleaved({f"ours, on {device.type}": turn}, rounds=args.rounds, images=4 * len(label))

@@ -33,21 +33,30 @@ def read(source: ImageFiles, index: int) -> Image.Image:
 
 
 def train_transform(size: int, *, scale=(0.08, 1.0), randaugment=(2, 9)) -> v1.Compose:
-    return v1.Compose([v1.RandomResizedCrop(size, scale, interpolation=BICUBIC),
-                       v1.RandomHorizontalFlip(), v1.RandAugment(*randaugment), *TO_FLOAT])
+    return v1.Compose(
+        [
+            v1.RandomResizedCrop(size, scale, interpolation=BICUBIC),
+            v1.RandomHorizontalFlip(),
+            v1.RandAugment(*randaugment),
+            *TO_FLOAT,
+        ]
+    )
 
 
 def eval_transform(size: int, resize: int = 256) -> v1.Compose:
-    return v1.Compose([v1.Resize(round(size * resize / 224), BICUBIC), v1.CenterCrop(size),
-                       *TO_FLOAT])
+    return v1.Compose(
+        [v1.Resize(round(size * resize / 224), BICUBIC), v1.CenterCrop(size), *TO_FLOAT]
+    )
 
 
 def make_augmentation(recipe: dict, *, size: int, seed: int, num_classes: int):
     """The workers' half, which is nearly all, and the device's, which only mixes."""
-    transform = train_transform(size, scale=tuple(recipe["crop_scale"]),
-                                randaugment=recipe["randaugment"])
-    augment = Augment(num_classes, seed=seed, magnitude=0, mixup=recipe["mixup"],
-                      cutmix=recipe["cutmix"])
+    transform = train_transform(
+        size, scale=tuple(recipe["crop_scale"]), randaugment=recipe["randaugment"]
+    )
+    augment = Augment(
+        num_classes, seed=seed, magnitude=0, mixup=recipe["mixup"], cutmix=recipe["cutmix"]
+    )
     augment.randaugment = lambda images, draws: images
     return lambda image: (transform(image), torch.empty(0, 2, dtype=torch.int64)), augment
 

@@ -32,18 +32,31 @@ def make_step(name: str, *, plain: bool, batch_size: int, img_size: int) -> Call
             optimizer.zero_grad()
             F.cross_entropy(model(batch), targets, label_smoothing=0.1).backward()
             optimizer.step()
+
         return turn
     model.to(memory_format=torch.channels_last)
-    trainer = Trainer(model, make_sgd(model, lr=0.1, weight_decay=1e-4), world,
-                      choose_precision(world.device, True),
-                      lambda image, label, draws, step, micro: (image, targets))
-    sample = Sample(batch.contiguous(memory_format=torch.channels_last), labels, labels,
-                    torch.empty(0), torch.zeros_like(labels))
+    trainer = Trainer(
+        model,
+        make_sgd(model, lr=0.1, weight_decay=1e-4),
+        world,
+        choose_precision(world.device, True),
+        lambda image, label, draws, step, micro: (image, targets),
+    )
+    sample = Sample(
+        batch.contiguous(memory_format=torch.channels_last),
+        labels,
+        labels,
+        torch.empty(0),
+        torch.zeros_like(labels),
+    )
     return lambda number: trainer.step([sample], step=number, lr=0.1)
 
 
-STEPS = {"plain ResNet-18, fp32, NCHW": ("resnet18", True), "ours, resnet18": ("resnet18", False),
-         "ours, twistnet18": ("twistnet18", False)}
+STEPS = {
+    "plain ResNet-18, fp32, NCHW": ("resnet18", True),
+    "ours, resnet18": ("resnet18", False),
+    "ours, twistnet18": ("twistnet18", False),
+}
 
 
 def peak_rss() -> int:
@@ -79,7 +92,12 @@ def step(args) -> dict:
         row["peak_mb"] = receive.recv() / 1e6
         child.join()
     *_, resnet, twistnet = table
-    return {"step": table, "threads": torch.get_num_threads(), **shape,
-            "twistnet_time": median(a / b for a, b in zip(
-                twistnet["walls"], resnet["walls"], strict=True)),
-            "twistnet_memory": twistnet["peak_mb"] / resnet["peak_mb"]}
+    return {
+        "step": table,
+        "threads": torch.get_num_threads(),
+        **shape,
+        "twistnet_time": median(
+            a / b for a, b in zip(twistnet["walls"], resnet["walls"], strict=True)
+        ),
+        "twistnet_memory": twistnet["peak_mb"] / resnet["peak_mb"],
+    }

@@ -8,7 +8,11 @@ import torch
 
 
 def interleaved(
-    rows: dict[str, Callable[[int], None]], *, rounds: int, images: int, warm: int = 1,
+    rows: dict[str, Callable[[int], None]],
+    *,
+    rounds: int,
+    images: int,
+    warm: int = 1,
     cpu_seconds: Callable[[], float] = lambda: time.process_time(),
 ) -> list[dict]:
     """Run each row in turn, `rounds` times after a first one (`warm`) that does not count.
@@ -29,19 +33,31 @@ def interleaved(
     first = next(iter(measured.values()))
     table = []
     for name, turns in measured.items():
-        ratios = [[a / b for a, b in zip(mine, theirs, strict=True)]
-                  for mine, theirs in zip(first, turns, strict=True)]
-        table.append({
-            "row": name, "walls": [turn[1] for turn in turns],
-            **{f"{clock}_ms": 1e3 / images * median(turn[i] for turn in turns)
-               for i, clock in enumerate(("cpu", "wall"))},
-            **{f"{clock}_ratio": median(ratio[i] for ratio in ratios)
-               for i, clock in enumerate(("cpu", "wall"))}})
+        ratios = [
+            [a / b for a, b in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(first, turns, strict=True)
+        ]
+        table.append(
+            {
+                "row": name,
+                "walls": [turn[1] for turn in turns],
+                **{
+                    f"{clock}_ms": 1e3 / images * median(turn[i] for turn in turns)
+                    for i, clock in enumerate(("cpu", "wall"))
+                },
+                **{
+                    f"{clock}_ratio": median(ratio[i] for ratio in ratios)
+                    for i, clock in enumerate(("cpu", "wall"))
+                },
+            }
+        )
     return table
 
 
 def print_table(title: str, table: list[dict]) -> None:
     print(f"\n{title}\n{'':32}{'CPU ms':>9}{'wall ms':>9}{'images/s':>10}{'CPU ×':>8}{'wall ×':>8}")
     for row in table:
-        print(f"{row['row']:32}{row['cpu_ms']:9.3f}{row['wall_ms']:9.3f}"
-              f"{1e3 / row['wall_ms']:10.1f}{row['cpu_ratio']:8.2f}{row['wall_ratio']:8.2f}")
+        print(
+            f"{row['row']:32}{row['cpu_ms']:9.3f}{row['wall_ms']:9.3f}"
+            f"{1e3 / row['wall_ms']:10.1f}{row['cpu_ratio']:8.2f}{row['wall_ratio']:8.2f}"
+        )
