@@ -66,17 +66,16 @@ class Unit(Function):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         x = x.flatten(2).unflatten(1, (heads, -1))
         norm = x.square().sum(2, keepdim=True).sqrt_()
-        floored = norm <= eps
-        norm.clamp_min_(eps)
-        unit = x / norm
-        ctx.save_for_backward(unit, norm, floored)
+        unit = x / norm.clamp_min(eps)
+        # The gradient at the floor is 0 (see stci.unit): backward divides by infinity there.
+        ctx.save_for_backward(unit, norm.masked_fill_(norm <= eps, torch.inf))
         return unit
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        unit, norm, floored = ctx.saved_tensors
-        along = (grad * unit).sum(2, keepdim=True).masked_fill_(floored, 0)
+        unit, norm = ctx.saved_tensors
+        along = (grad * unit).sum(2, keepdim=True)
         grad = (unit * along).neg_().add_(grad).div_(norm).to(ctx.dtype).view(ctx.shape)
         return grad.contiguous(memory_format=torch.channels_last), None, None
 

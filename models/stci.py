@@ -21,7 +21,7 @@ from models.fused import select_and_project
 ANGLES = (0, 45, 90, 135)  # degrees, one a head; y points down
 HEADS = len(ANGLES)
 REDUCED = 8  # channels of a head
-EPS = 1e-6  # smallest norm that is divided by
+EPS = 1e-6  # smallest norm that is divided by; at or below it a unit vector is a constant
 
 
 class STCI(nn.Module):
@@ -122,10 +122,19 @@ def direction_kernels() -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Each head's channels over their norm at each position: B, 32, H, W -> B, 4, 8, H, W."""
+    """Divide each head's channels by their norm at each position: B, 32, H, W -> B, 4, 8, H, W.
+
+    Where the norm is at or below EPS, the unit vector is treated as a constant: its gradient is 0.
+    The exact gradient there, 1 / EPS, is a spike. A position with a single positive channel has
+    gradient 0 above EPS (a unit vector of one channel is 1, whatever its length) and 1,000,000
+    below it, and after BatchNorm and ReLU such positions do occur: at ImageNet's scale one in
+    about 20 steps, each enough to ruin that step for the whole network.
+    """
     x = x.unflatten(1, (HEADS, REDUCED))
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares leave the range of float16
-    return F.normalize(x, dim=2, eps=EPS)
+    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    unit = x / norm.clamp_min(EPS)
+    return torch.where(norm > EPS, unit, unit.detach())
 
 
 def interact(z: Tensor, t: Tensor) -> Tensor:

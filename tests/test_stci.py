@@ -34,7 +34,8 @@ def inputs(dtype=torch.float64, channels=24):
 
 
 def unit_by_hand(x):
-    return x / (x * x).sum(1, keepdim=True).clamp_min(1e-12).sqrt()  # max(|x|, 1e-6)
+    norm = (x * x).sum(1, keepdim=True).clamp_min(1e-12).sqrt()  # max(|x|, 1e-6)
+    return torch.where(norm > 1e-6, x / norm, (x / norm).detach())
 
 
 def reference(stci, h):
@@ -92,6 +93,50 @@ def test_outputs_and_gradients_are_the_formulas(variant, bias, fused):
     torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-10)
     for got, expected in zip(gradients(out, stci, h), gradients(want, stci, h), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+def gradient_norm_with_one_position_at(value, *, dtype, fused):
+    """The whole network's gradient norm when z of layer4.1 is `value` at a single position.
+
+    In the first head the biases of STCI's BatchNorm close all channels but the first, and that one
+    everywhere but at its largest position.
+    """
+    torch.manual_seed(0)
+    model = build_model("twistnet18", 10, "none").train()
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    model.to(precise)
+    images, labels = torch.randn(4, 3, 64, 64, dtype=precise), torch.arange(4)
+    for module in model.modules():
+        if isinstance(module, STCI):
+            module.fused = fused
+    bn, seen = model.layer4[1].stci.reduce_bn, []
+    bn.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(images)
+        return F.cross_entropy(logits.to(precise), labels)
+
+    with torch.no_grad():
+        bn.bias[1:8] = -100.0
+        bn.bias[0] = 0.0
+        for _ in range(20):  # the output is rounded: come closer from the last one
+            loss()
+            largest = seen[-1][:, 0].max().to(precise)
+            if (largest - value).abs() <= 0.1 * value or 0 < largest <= 1e-6 and value < 1e-6:
+                break
+            bn.bias[0] += value - largest
+        assert largest > 0 and (largest <= 1e-6) == (value <= 1e-6)
+    loss().backward()
+    return nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_position_below_the_floor_does_not_move_the_network(dtype, fused):
+    usual = gradient_norm_with_one_position_at(0.3, dtype=dtype, fused=fused)
+    tiny = gradient_norm_with_one_position_at(5e-7, dtype=dtype, fused=fused)
+    assert usual / 3 < tiny < usual * 3
 
 
 def test_the_test_sees_the_channels_of_the_variants():
