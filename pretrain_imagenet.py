@@ -118,6 +118,12 @@ def make_parser() -> Parser:
         "--label_smoothing", type=at_least(0, float), metavar="E", help="kept on mixed targets"
     )
     recipe.add_argument(
+        "--clip_norm",
+        type=at_least(0, float),
+        metavar="N",
+        help="largest gradient norm of a step; larger ones are scaled down to it; 0: no clipping",
+    )
+    recipe.add_argument(
         "--seed",
         type=at_least(0),
         default=42,
@@ -193,10 +199,11 @@ def parse_args(argv: list[str] | None = None):
 def adopt_flags(args, given: set[str], state: dict) -> None:
     """Take the run's flags from its checkpoint; RunError for a given one that contradicts it."""
     config = state["config"]
-    needed = {*RUN_FLAGS, "micro_batches"} - {"recipe"}  # which the first checkpoints do not name
+    # The first checkpoints name no recipe, and those of before clipping no clip_norm.
+    needed = {*RUN_FLAGS, "micro_batches"} - {"recipe", "clip_norm"}
     if not isinstance(config, dict) or not config.keys() >= needed:
         raise RunError(f"{args.resume} is no checkpoint of pretrain_imagenet.py")
-    config = state["config"] = {"recipe": "guide", **RECIPES["guide"], **config}
+    config = state["config"] = {"recipe": "guide", **RECIPES["guide"], "clip_norm": 0, **config}
     if args.amp is not None and args.amp != (config["precision"] != "fp32"):
         raise RunError(
             f"--{'amp' if args.amp else 'no_amp'} contradicts {args.resume}, which was "
@@ -377,6 +384,7 @@ def make_trainer(config: dict, model: torch.nn.Module, world: World, augment, *,
         config["precision"],
         augment,
         label_smoothing=config["label_smoothing"],
+        clip_norm=config["clip_norm"] or None,
         loss=LOSSES[config["loss"]],
         seed_forward=lambda step, micro: seed_network(config["seed"], step, micro, 2),
     )

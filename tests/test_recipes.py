@@ -43,6 +43,7 @@ def test_a1_as_published():
         "weight_decay": 0.01,
         "warmup_epochs": 5,
         "label_smoothing": 0.1,
+        "clip_norm": 0,
     }
     assert (A1["global_batch"], A1["warmup_lr"], A1["min_lr"]) == (2048, 1e-4, 1e-6)
     assert (A1["mixup"], A1["cutmix"], A1["repeats"], A1["stochastic_depth"]) == (0.2, 1, 3, 0.05)

@@ -3,7 +3,15 @@
 What a flag of the same name is given for is that flag's; the rest belongs to the recipe.
 """
 
-FLAGS = ("epochs", "batch_size", "lr", "weight_decay", "warmup_epochs", "label_smoothing")
+FLAGS = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "weight_decay",
+    "warmup_epochs",
+    "label_smoothing",
+    "clip_norm",
+)
 
 RECIPES = {
     "guide": {
@@ -20,6 +28,7 @@ RECIPES = {
         "warmup_epochs": 5,
         "loss": "cross-entropy",
         "label_smoothing": 0.1,
+        "clip_norm": 0,  # the largest gradient norm of a step; 0: not clipped
         "mixup": 0.2,
         "cutmix": 1.0,
         "randaugment": [2, 9],
@@ -43,6 +52,7 @@ RECIPES = {
         "min_lr": 1e-6,
         "loss": "binary cross-entropy",
         "label_smoothing": 0.1,
+        "clip_norm": 0,  # timm's LAMB itself clips to 1
         "mixup": 0.2,
         "cutmix": 1.0,
         "randaugment": "rand-m7-n2-mstd0.5-inc1",
