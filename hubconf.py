@@ -65,13 +65,13 @@ def _build(name, pretrained, num_classes):
         return _models.build_model(name, num_classes, pretrained)
     if pretrained == "none":
         return _models.build_model(name, 1000, pretrained)
-    from models.state import read_weights
     from models.weights import find_weights
+    from models.weights_file import read_weights
 
     path = find_weights(name) if pretrained == "auto" else pretrained
     if path is None:  # torchvision's, which has a classifier for resnet18 alone
         return _models.build_model(name, 1000, "auto", keep_head=True)
     head = read_weights(_Path(path)).tensors.get("fc.weight")
     if head is None or head.dim() != 2:
-        raise _models.ModelError(f"{path} has no classifier (fc.weight): give num_classes")
+        raise _models.UserError(f"{path} has no classifier (fc.weight): give num_classes")
     return _models.build_model(name, len(head), str(path), keep_head=True)

@@ -17,33 +17,27 @@ from pathlib import Path
 
 import torch
 
-from data import DataError
+from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
+from common.errors import UserError
+from common.processes import ignore_stop_signals, usable_cpus
 from data.imagenet import load_imagenet
 from data.images import EvalSet, TrainSet, quick_look
 from data.loading import eval_batches, train_steps
 from data.sampling import StepSampler, seed_network
 from data.splits import digest_of
 from data.transforms import EvalTransform, make_augmentation, normalise
-from models import MODELS, ModelError, build_model
+from models import MODELS, build_model
 from models.resnet import set_stochastic_depth
-from training import RunError
-from training.board import Board
 from training.checkpoint import LATEST, PREVIOUS, load_checkpoint
-from training.command_line import (
-    Parser,
-    add_amp_flags,
-    add_tensorboard_flag,
-    at_least,
-    run,
-)
-from training.distributed import World, start_processes, stop_processes, usable_cpus
+from training.distributed import World, start_processes, stop_processes
 from training.engine import LOSSES, Trainer, choose_precision, evaluate
+from training.export import write_weights
 from training.loop import Progress, Run, restore
 from training.optim import OPTIMIZERS, make_schedule, warmup_steps
-from training.outputs import write_weights
-from training.preemption import StopRequest, ignore_stop_signals
+from training.preemption import StopRequest
 from training.recipes import FLAGS, RECIPES, in_words
-from training.record import Folder
+from training.run_dir import Folder
+from training.tensorboard import Board
 
 # What makes a run the run it is. A resumed run takes these from its checkpoint.
 RUN_FLAGS = ("recipe", "model", *FLAGS, "img_size", "seed")
@@ -179,9 +173,9 @@ def parse_args(argv: list[str] | None = None):
     for name in set(FLAGS) - given:
         setattr(args, name, RECIPES[args.recipe][name])
     if args.label_smoothing >= 1:
-        raise RunError("--label_smoothing must be below 1")
+        raise UserError("--label_smoothing must be below 1")
     if args.resume and args.overwrite:
-        raise RunError("--resume goes on with a run, --overwrite starts anew: give one of them")
+        raise UserError("--resume goes on with a run, --overwrite starts anew: give one of them")
     if args.resume == Path("auto"):
         there = any((args.checkpoint_dir / name).exists() for name in (LATEST, PREVIOUS))
         args.resume = args.checkpoint_dir / LATEST if there else None
@@ -197,15 +191,15 @@ def parse_args(argv: list[str] | None = None):
 
 
 def adopt_flags(args, given: set[str], state: dict) -> None:
-    """Take the run's flags from its checkpoint; RunError for a given one that contradicts it."""
+    """Take the run's flags from its checkpoint; UserError for a given one that contradicts it."""
     config = state["config"]
     # The first checkpoints name no recipe, and those of before clipping no clip_norm.
     needed = {*RUN_FLAGS, "micro_batches"} - {"recipe", "clip_norm"}
     if not isinstance(config, dict) or not config.keys() >= needed:
-        raise RunError(f"{args.resume} is no checkpoint of pretrain_imagenet.py")
+        raise UserError(f"{args.resume} is no checkpoint of pretrain_imagenet.py")
     config = state["config"] = {"recipe": "guide", **RECIPES["guide"], "clip_norm": 0, **config}
     if args.amp is not None and args.amp != (config["precision"] != "fp32"):
-        raise RunError(
+        raise UserError(
             f"--{'amp' if args.amp else 'no_amp'} contradicts {args.resume}, which was "
             f"made in {config['precision']}: leave the flag out"
         )
@@ -213,13 +207,13 @@ def adopt_flags(args, given: set[str], state: dict) -> None:
         if name not in given:
             setattr(args, name, config[name])
         elif name != "epochs" and getattr(args, name) != config[name]:
-            raise RunError(
+            raise UserError(
                 f"--{name} {getattr(args, name)} contradicts {args.resume}, which was "
                 f"made with {config[name]}: leave the flag out, or start a new run in "
                 "another --checkpoint_dir"
             )
     if args.epochs < len(state["rows"]):
-        raise RunError(
+        raise UserError(
             f"--epochs {args.epochs} is less than the {len(state['rows'])} epochs that "
             f"{args.resume} has trained"
         )
@@ -244,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     if state:
         check_same_data(state, args, classes, len(train), digest)
         if state["step"] > args.epochs * sampler.steps_per_epoch:
-            raise RunError(
+            raise UserError(
                 f"--epochs {args.epochs} is less than {args.resume} has trained: its "
                 f"epoch {len(state['rows']) + 1} has begun"
             )
@@ -257,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = make_trainer(config, model, world, augment, lr=base_lr)
     progress = restore(trainer, state) if state else Progress()
     if len(set(world.gather(progress.step))) > 1:  # one fell back, or a dying run saved in between
-        raise RunError(f"the ranks have read different states of {args.resume}: start them again")
+        raise UserError(f"the ranks have read different states of {args.resume}: start them again")
     if args.compile:
         model.compile()
 
@@ -331,17 +325,17 @@ def resume_command(args, world: World) -> str:
 
 
 def claim(folder: Folder, args) -> None:
-    """Lock the checkpoint folder; RunError where it holds a run that is not the one resumed."""
+    """Lock the checkpoint folder; UserError where it holds a run that is not the one resumed."""
     folder.lock()
     try:
         args.weights_dir.mkdir(parents=True, exist_ok=True)  # now, not after twelve days
     except OSError as error:
-        raise RunError(f"--weights_dir {args.weights_dir}: {error.strerror}") from error
+        raise UserError(f"--weights_dir {args.weights_dir}: {error.strerror}") from error
     resumed_here = args.resume and args.resume.parent.resolve() == folder.path.resolve()
     if resumed_here or not folder.holds_run():
         return
     if not args.overwrite:
-        raise RunError(
+        raise UserError(
             f"{folder.path} holds a run: --resume {folder.path / LATEST} goes on with "
             "it, --overwrite sets it aside, another --checkpoint_dir leaves it alone"
         )
@@ -358,7 +352,7 @@ def make_config(args, state: dict | None, world: World) -> dict:
     if recipe["global_batch"]:
         micro_batches, left = divmod(recipe["global_batch"], args.batch_size)
     if left or not micro_batches:
-        raise RunError(
+        raise UserError(
             f"--batch_size {args.batch_size} does not divide the "
             f"{recipe['global_batch']} images of a step of --recipe {args.recipe}: use "
             "one that does, such as 256"
@@ -391,17 +385,17 @@ def make_trainer(config: dict, model: torch.nn.Module, world: World, augment, *,
 
 
 def share_out(images: int, config: dict, world: World) -> StepSampler:
-    """The order of samples; RunError where the run's micro-batches cannot be shared evenly."""
+    """The order of samples; UserError where the run's micro-batches cannot be shared evenly."""
     micro_batches = config["micro_batches"]
     if micro_batches % world.size:
-        raise RunError(
+        raise UserError(
             f"the run has {micro_batches} micro-batches of {config['batch_size']} a "
             f"step, which {world.size} processes cannot share evenly: use a number of "
             f"processes that divides {micro_batches}"
             + (", or a smaller --batch_size" if config["global_batch"] else "")
         )
     if images < micro_batches:
-        raise RunError(
+        raise UserError(
             f"--data_dir has {images} training images, fewer than the {micro_batches} "
             "micro-batches of a step: use fewer processes"
             + (", or a larger --batch_size" if config["global_batch"] else "")
@@ -416,7 +410,7 @@ def share_out(images: int, config: dict, world: World) -> StepSampler:
         repeats=config["repeats"],
     )
     if sampler.micro_batch == 1 and config["img_size"] <= 32:
-        raise RunError(
+        raise UserError(
             "BatchNorm needs more than one value a channel: use a --batch_size above 1, "
             "or an --img_size above 32"
         )
@@ -424,10 +418,10 @@ def share_out(images: int, config: dict, world: World) -> StepSampler:
 
 
 def check_same_data(state: dict, args, classes: list[str], images: int, digest: str) -> None:
-    """RunError unless the training images are those of the checkpoint, by class and name."""
+    """UserError unless the training images are those of the checkpoint, by class and name."""
     old = state["classes"], state["images"], state.get("data", digest)  # not in the first ones
     if old != (classes, images, digest):
-        raise RunError(
+        raise UserError(
             f"--data_dir {args.data_dir} has {len(classes)} classes and {images} training images; "
             f"{args.resume} was trained on {len(state['classes'])} classes and {state['images']} "
             "images" + (" of other names" if len(classes) == len(state["classes"]) else "")
@@ -483,4 +477,4 @@ def export(args, config: dict, model: torch.nn.Module, rows: list[dict], classes
 
 
 if __name__ == "__main__":
-    run(main, DataError, ModelError)
+    run(main)

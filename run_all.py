@@ -17,29 +17,17 @@ from pathlib import Path
 import torch
 
 import train
-from data import DataError
+from common.cli import Parser, at_least, run
+from common.errors import Preempted, UserError
+from common.files import write_json
+from common.processes import usable_cpus
 from data.images import quick_look
-from models import MODELS, ModelError, build_model
-from sweeps.launching import (
-    AGAIN,
-    BUSY,
-    DONE,
-    FAILED,
-    Cell,
-    Line,
-    LocalPool,
-    make_slots,
-    tail,
-)
-from sweeps.results import SweepError
+from models import MODELS, build_model
+from sweeps.launching import AGAIN, BUSY, DONE, FAILED, Cell, Line, LocalPool, make_slots, tail
 from sweeps.slurm import submit
 from sweeps.tables import write_tables
-from training import RunError
-from training.command_line import Parser, at_least, run
-from training.distributed import usable_cpus
-from training.loop import Preempted
 from training.preemption import StopRequest
-from training.record import Folder, write_json
+from training.run_dir import Folder
 
 OWN = {"fold": "--folds", "seed": "--seeds", "model": "--models", "overwrite": "--force"}
 ROOT = Path(__file__).resolve().parent
@@ -148,7 +136,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     args, forwarded = make_parser().parse_known_args(argv)
     for name in train.make_parser().given(forwarded):
         if name in OWN:
-            raise RunError(f"--{name} is for train.py: a sweep has {OWN[name]}")
+            raise UserError(f"--{name} is for train.py: a sweep has {OWN[name]}")
     defaults = {
         "local": {"slots": None, "gpus": None},
         "slurm": {"partition": None, "time": 240, "gpus_per_task": 1, "at_once": None},
@@ -158,9 +146,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
             if getattr(args, name) is None:
                 setattr(args, name, default)
             elif launcher != args.launcher:
-                raise RunError(f"--{name} goes with --launcher {launcher}")
+                raise UserError(f"--{name} goes with --launcher {launcher}")
     if args.gpus and args.slots:
-        raise RunError("--gpus and --slots: give one of them, there is one run at a time on a GPU")
+        raise UserError("--gpus and --slots: give one of them, there is one run at a time on a GPU")
     return args, forwarded
 
 
@@ -179,11 +167,11 @@ class Plan:
 def make_plan(args, forwarded: list[str]) -> Plan:
     """Look at every cell, after checking models, weights, folds and data of them all.
 
-    Raises RunError, DataError or ModelError.
+    Raises UserError, UserError or UserError.
     """
     there = torch.cuda.device_count()
     if args.gpus and max(args.gpus) >= there:
-        raise RunError(f"--gpus {max(args.gpus)}: torch sees {there} GPUs here, counted from 0")
+        raise UserError(f"--gpus {max(args.gpus)}: torch sees {there} GPUs here, counted from 0")
 
     def single(model: str, fold: int, seed: int):
         line = [
@@ -227,7 +215,7 @@ def look_at(plan: Plan, cell: Cell, force: bool) -> None:
     """Put a cell where it belongs."""
     try:
         results = None if force else train.finished(cell.folder, plan.configs[cell.folder])
-    except RunError as error:
+    except UserError as error:
         print(
             f"not reused: {error}".replace("--overwrite moves", "--force moves"),
             file=sys.stderr,
@@ -260,7 +248,7 @@ def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]
     def results_of(cell: Cell) -> dict | None:
         try:
             return train.finished(cell.folder, plan.configs[cell.folder])
-        except RunError as error:
+        except UserError as error:
             problems[cell.folder] = f": {error}"
 
     def report(cell: Cell, outcome: str) -> None:
@@ -311,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.force:
             set_aside(args.run_dir, plan.cells)
     except OSError as error:
-        raise RunError(f"--run_dir {args.run_dir} cannot be written ({error.strerror})") from error
+        raise UserError(f"--run_dir {args.run_dir} cannot be written ({error.strerror})") from error
     started = sum((cell.folder / train.CONFIG).exists() for cell in plan.cells)
     print(
         f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.cells)} to do "
@@ -361,4 +349,4 @@ def submit_all(args, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    run(main, DataError, ModelError, SweepError)
+    run(main)

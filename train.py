@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import DataError
+from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.processes import ignore_stop_signals, usable_cpus
 from data.cache import decoded
 from data.images import EvalSet, ImageFiles, TrainSet, quick_look
 from data.loading import eval_batches, train_steps
@@ -25,25 +28,17 @@ from data.sampling import StepSampler
 from data.splits import Splits, fingerprint
 from data.textures import DATASETS, download_dtd, load_splits
 from data.transforms import EvalTransform, make_augmentation, normalise
-from models import MODELS, ModelError, build_model
+from models import MODELS, build_model
 from models.twistnet import TwistBlock
 from models.weights import weights_identity
-from training import RunError
-from training.board import Board
 from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
-from training.command_line import (
-    Parser,
-    add_amp_flags,
-    add_tensorboard_flag,
-    at_least,
-    run,
-)
-from training.distributed import World, start_processes, usable_cpus
+from training.distributed import World, start_processes
 from training.engine import Trainer, choose_precision, evaluate
 from training.loop import Progress, Run, restore
 from training.optim import lr_at, make_sgd, warmup_steps
-from training.preemption import StopRequest, ignore_stop_signals
-from training.record import Folder, provenance, read_json, write_json
+from training.preemption import StopRequest
+from training.run_dir import Folder, provenance
+from training.tensorboard import Board
 
 CONFIG, RESULTS = "config.json", "results.json"
 RECIPE = {
@@ -165,7 +160,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 def load_data(args: argparse.Namespace) -> Splits:
     if args.download:
         if args.dataset != "dtd":
-            raise RunError(f"--download fetches dtd only, not {args.dataset}: see data/README.md")
+            raise UserError(f"--download fetches dtd only, not {args.dataset}: see data/README.md")
         download_dtd(args.data_dir)
     return load_splits(args.dataset, args.data_dir, args.fold, num_folds=args.num_folds)
 
@@ -218,7 +213,7 @@ def differences(old: dict, new: dict) -> list[str]:
 def finished(folder: Path, config: dict) -> dict | None:
     """The results of a finished run of this configuration, or None.
 
-    RunError where the folder holds a run of another configuration, finished or not.
+    UserError where the folder holds a run of another configuration, finished or not.
     """
     results = read_json(folder / RESULTS)
     old = (
@@ -234,7 +229,7 @@ def finished(folder: Path, config: dict) -> dict | None:
 def check_same(folder: Path, old: dict, config: dict) -> None:
     changed = differences(old, config)
     if changed:
-        raise RunError(
+        raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}): "
             "--overwrite moves it aside, another --run_dir leaves it alone"
         )
@@ -243,7 +238,7 @@ def check_same(folder: Path, old: dict, config: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RunError(
+        raise UserError(
             "train.py is one process a run: start it with python, not torchrun, and "
             "many runs with run_all.py"
         )
@@ -282,14 +277,14 @@ def main(argv: list[str] | None = None) -> None:
 
     best, _ = load_checkpoint(folder.path / BEST)
     if len(best["rows"]) != the_run.progress.best["epoch"]:
-        raise RunError(
+        raise UserError(
             f"{folder.path / BEST} is not the run's best epoch, "
             f"{the_run.progress.best['epoch']}: --overwrite starts anew"
         )
     restore(the_run.trainer, best)
     score, predictions = test(the_run.check_stop)
     if score.unreadable:
-        raise RunError(
+        raise UserError(
             "test images cannot be read, and are never left out: restore them, then "
             f"run the same command: {', '.join(score.unreadable)}"
         )
@@ -334,7 +329,7 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
         len(splits.train), seed=args.seed, micro_batch=args.batch_size, micro_batches=1
     )
     if sampler.micro_batch == 1 and args.img_size <= 32:
-        raise RunError(
+        raise UserError(
             "BatchNorm needs more than one value a channel: use a --batch_size above 1, "
             "or an --img_size above 32"
         )
@@ -427,4 +422,4 @@ def make_results(args, config, splits, the_run: Run, weights, score, predictions
 
 
 if __name__ == "__main__":
-    run(main, DataError, ModelError)
+    run(main)

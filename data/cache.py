@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import DataError
+from common.errors import UserError
 from data.images import ImageFiles
 from data.packed import ABOUT, PackedImages, Packing, check_room, discard, held, made, read_about
 from data.splits import SPLITS, Splits
@@ -74,7 +74,7 @@ def decoded(
         if packed is None and not stop():
             try:
                 packed = _build(everything, place, workers=workers, stop=stop)
-            except (OSError, DataError) as error:
+            except (OSError, UserError) as error:
                 reasons.append(str(error))
     if packed is None:
         if reasons:
@@ -111,7 +111,7 @@ def _opened(place: Path) -> PackedImages | None:
         return None
     try:
         return PackedImages(place, SPLIT, read_about(place)["splits"][SPLIT])
-    except (DataError, KeyError, OSError):
+    except (UserError, KeyError, OSError):
         return None  # it will be made anew
 
 
@@ -125,7 +125,7 @@ def _build(source: ImageFiles, place: Path, *, workers: int, stop) -> PackedImag
             _remove_others(place)
             try:
                 _decode(source, place, workers=workers, stop=stop)
-            except (OSError, DataError):
+            except (OSError, UserError):
                 shutil.rmtree(place, ignore_errors=True)  # room for others
                 raise
             packed = _opened(place)
@@ -199,7 +199,7 @@ def _mean_size(source: ImageFiles) -> float:
 def _check_fits(place: Path, size: float) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory / 2:
-        raise DataError(
+        raise UserError(
             f"the decoded images, about {size / 1e9:.1f} GB, would not stay in this "
             f"machine's memory of {memory / 1e9:.1f} GB"
         )

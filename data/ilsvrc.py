@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torchvision.datasets.imagenet import ARCHIVE_META
 
-from data import DataError
+from common.errors import UserError
 from data.ilsvrc_classes import (
     ClassSource,
     FolderClass,
@@ -33,10 +33,10 @@ NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000}  # of ImageN
 def find_classes(source: Path) -> tuple[list[ClassSource], list[Path]]:
     """All classes of both splits in the folder `source`, and the archives that were read for them.
 
-    Raises DataError naming what is missing, damaged or ambiguous.
+    Raises UserError naming what is missing, damaged or ambiguous.
     """
     if not source.is_dir():
-        raise DataError(f"--source {source} is not a folder: name the one with the downloads")
+        raise UserError(f"--source {source} is not a folder: name the one with the downloads")
     train, archives = _find_train(source)
     val, more = _find_val(source)
     return train + val, archives + more
@@ -46,13 +46,13 @@ def choose_subset(classes: list[ClassSource], subset: str) -> list[ClassSource]:
     """Both splits of some classes: `subset` is a number of them, or a file with a wnid a line.
 
     The same number of the same classes always gives the same ones, a larger number more of them.
-    Raises DataError.
+    Raises UserError.
     """
     wnids = sorted({c.wnid for c in classes if c.split == "train"})
     path = Path(subset)
     if subset.isdecimal():
         if not 1 <= int(subset) <= len(wnids):
-            raise DataError(f"--subset {subset}: the source has {len(wnids)} classes")
+            raise UserError(f"--subset {subset}: the source has {len(wnids)} classes")
         # By hash: a draw that no version of a random generator can change.
         chosen = set(sorted(wnids, key=lambda wnid: sha256(wnid.encode()).digest())[: int(subset)])
     elif path.is_file():
@@ -60,21 +60,21 @@ def choose_subset(classes: list[ClassSource], subset: str) -> list[ClassSource]:
         unknown = sorted(chosen - set(wnids))
         if unknown or not chosen:
             what = f"{unknown[0]!r} ({len(unknown)} such)" if unknown else "nothing"
-            raise DataError(
+            raise UserError(
                 f"--subset {path} names {what}, expected a wnid a line, of the "
                 f"{len(wnids)} training classes in the source"
             )
     else:
-        raise DataError(f"--subset {subset} is neither a number nor a file of wnids")
+        raise UserError(f"--subset {subset} is neither a number nor a file of wnids")
     return [c for c in classes if c.wnid in chosen]
 
 
 def check_same_classes(classes: list[ClassSource]) -> None:
-    """Raise DataError unless train and val have the same classes."""
+    """Raise UserError unless train and val have the same classes."""
     train, val = ({c.wnid for c in classes if c.split == split} for split in ("train", "val"))
     for split, only, other in (("train", train - val, "val"), ("val", val - train, "train")):
         if only:
-            raise DataError(
+            raise UserError(
                 f"{len(only)} classes have {split} images and no {other} images "
                 f"({min(only)}, …): add what is missing, or choose classes that have "
                 "both with --subset FILE"
@@ -110,7 +110,7 @@ def _find_train(source: Path) -> tuple[list[ClassSource], list[Path]]:
         if WNID.fullmatch(p.stem)
     }
     if not classes:
-        raise DataError(
+        raise UserError(
             f"{folder} has neither class folders nor class tars (n01440764, "
             "n01440764.tar, …): is the training archive unpacked into it?"
         )
@@ -122,7 +122,7 @@ def _nested_classes(path: Path) -> list[ClassSource]:
         members = read_members(archive, str(path))
     for member in members:
         if not (member.name.endswith(".tar") and WNID.fullmatch(member.name[:-4])):
-            raise DataError(
+            raise UserError(
                 f"{path} holds {member.name!r}, expected only class tars such as "
                 "n01440764.tar: not the official training archive"
             )
@@ -146,13 +146,13 @@ def _find_val(source: Path) -> tuple[list[ClassSource], list[Path]]:
     names, classes = list_images(flat), _class_folders("val", folder)
     if not names:
         if not classes:
-            raise DataError(
+            raise UserError(
                 f"{folder} has neither images nor class folders: is the validation "
                 "archive unpacked into it?"
             )
         return classes, []
     if any(list_images(c.path) for c in classes):
-        raise DataError(
+        raise UserError(
             f"{folder} has {len(names)} loose images beside filled class folders: "
             "move them all into class folders, or all out of them"
         )
@@ -164,14 +164,14 @@ def _find_val(source: Path) -> tuple[list[ClassSource], list[Path]]:
 
 
 def _by_class(names: Iterable[str], labels: dict[str, str], where: Path) -> dict[str, list[str]]:
-    """Image names by wnid, sorted. Raises DataError unless names and labels are the same images."""
+    """Image names by wnid, sorted. Raises UserError unless names and labels are the same images."""
     stems = {Path(name).stem for name in names}
     for lacking, what in (
         (stems - labels.keys(), "no label is known for"),
         (labels.keys() - stems, "it lacks"),
     ):
         if lacking:
-            raise DataError(
+            raise UserError(
                 f"{where}: {what} {len(lacking)} of {len(labels.keys() | stems)} "
                 f"validation images ({min(lacking)}, …): unpack or download it again"
             )
@@ -185,7 +185,7 @@ def _split_folder(source: Path, split: str, tar: str) -> Path:
     for name in (f"{KAGGLE}/{split}", split, Path(tar).stem):
         if (source / name).is_dir():
             return source / name
-    raise DataError(
+    raise UserError(
         f"--source {source} has no {split} images: expected {tar}, {split}/ or "
         f"{KAGGLE}/{split}/ in it (a .zip must be unpacked first)"
     )

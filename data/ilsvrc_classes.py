@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import DataError
+from common.errors import UserError
 
 BLOCK = 512  # bytes: tar's unit
 
@@ -25,7 +25,7 @@ class FolderClass:
     names: tuple[str, ...] | None = None
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each image, by file name. Raises DataError when there is none."""
+        """Bytes of each image, by file name. Raises UserError when there is none."""
         names = list_images(self.path) if self.names is None else self.names
         return _not_empty({name: (self.path / name).stat().st_size for name in names}, self)
 
@@ -60,7 +60,7 @@ class TarClass:
     members: tuple[tarfile.TarInfo, ...] | None = None
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each image, by file name. Raises DataError as read_members, or if empty."""
+        """Bytes of each image, by file name. Raises UserError as read_members, or if empty."""
         with self._opened() as (_, members):
             return {member.name: member.size for member in members}
 
@@ -70,7 +70,7 @@ class TarClass:
         return self.inner.size if self.inner else self.path.stat().st_size
 
     def write(self, folder: Path, copy: bool) -> int:
-        """Extract the images into `folder`; -> how many. Raises DataError as `sizes`."""
+        """Extract the images into `folder`; -> how many. Raises UserError as `sizes`."""
         with self._opened() as (archive, members):
             for member in members:
                 archive.extract(member, folder, filter="data")
@@ -124,18 +124,18 @@ def is_image(name: str) -> bool:
 
 @contextmanager
 def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar; damage met while it is open becomes a DataError that names it."""
+    """An uncompressed tar; damage met while it is open becomes a UserError that names it."""
     try:
         with tarfile.open(path, "r:") as archive:
             yield archive
     except tarfile.TarError as error:
-        raise DataError(f"{path} is damaged ({error}): download or copy it again") from error
+        raise UserError(f"{path} is damaged ({error}): download or copy it again") from error
 
 
 def read_members(archive: tarfile.TarFile, where: str) -> list[tarfile.TarInfo]:
     """The regular files of an archive, named without their folders.
 
-    Raises DataError before anything is extracted: for members that are links or devices, or that
+    Raises UserError before anything is extracted: for members that are links or devices, or that
     point out of the archive; for two files of one name; and for an archive that is cut off, which
     tarfile and tar take for a shorter one when the cut falls between two members.
     """
@@ -146,7 +146,7 @@ def read_members(archive: tarfile.TarFile, where: str) -> list[tarfile.TarInfo]:
         if member.isdir():
             continue
         if not member.isreg() or path.is_absolute() or ".." in path.parts or path.name in files:
-            raise DataError(
+            raise UserError(
                 f"{where} holds {member.name!r}, which is no plain file of its own "
                 "name: not an archive of ImageNet, nothing of it was extracted"
             )
@@ -154,7 +154,7 @@ def read_members(archive: tarfile.TarFile, where: str) -> list[tarfile.TarInfo]:
         files[path.name] = member
     archive.fileobj.seek(end)
     if archive.fileobj.read(BLOCK) != bytes(BLOCK):
-        raise DataError(
+        raise UserError(
             f"{where} is cut off or damaged after {len(files)} files: download or copy it again"
         )
     return list(files.values())
@@ -171,7 +171,7 @@ def _link(source: str, target: Path) -> None:
 
 def _not_empty(images, source: ClassSource):
     if not images:
-        raise DataError(
+        raise UserError(
             f"{source.path} has no images of {source.split}/{source.wnid}: "
             "unpack or download it again"
         )

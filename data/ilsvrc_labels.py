@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from torchvision.datasets.imagenet import ARCHIVE_META
 
-from data import DataError
+from common.errors import UserError
 
 WNID = re.compile(r"n\d{8}")
 DEVKIT_TAR = ARCHIVE_META["devkit"][0]
@@ -24,7 +24,7 @@ TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 def read_val_labels(source: Path, val: Path) -> tuple[dict[str, str], list[Path]]:
     """Labels from the first list found in `source` or its `val` folder, and the archives read.
 
-    Lists that name the class of each file come first, they need no scipy. Raises DataError when
+    Lists that name the class of each file come first, they need no scipy. Raises UserError when
     there is no list, or when it cannot be what its name says.
     """
     readers: dict[str, Callable[[Path], dict[str, str]]] = {
@@ -43,7 +43,7 @@ def read_val_labels(source: Path, val: Path) -> tuple[dict[str, str], list[Path]
                 labels = read(path)
                 _check(labels, path)
                 return labels, [path] if name == DEVKIT_TAR else []
-    raise DataError(
+    raise UserError(
         f"--source {source} has no labels of the validation images: put valprep.sh, "
         f"LOC_val_solution.csv or {DEVKIT_TAR} into it"
     )
@@ -76,7 +76,7 @@ def _read_devkit_tar(path: Path) -> dict[str, str]:
             )
             return _number(truth.read().decode(), _read_meta(meta, path), path)
     except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
-        raise DataError(
+        raise UserError(
             f"{path} cannot be read as the devkit ({error}): download it again"
         ) from error
 
@@ -86,7 +86,7 @@ def _read_devkit(meta: Path) -> dict[str, str]:
         wnids = _read_meta(file, meta)
     truth = meta.with_name(TRUTH)
     if not truth.is_file():
-        raise DataError(f"{truth} is not there: unpack the devkit again")
+        raise UserError(f"{truth} is not there: unpack the devkit again")
     return _number(truth.read_text(), wnids, truth)
 
 
@@ -95,7 +95,7 @@ def _read_meta(file: BinaryIO, where: Path) -> dict[int, str]:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise DataError(
+        raise UserError(
             f"reading meta.mat of {where} needs scipy: pip install scipy (or put "
             "valprep.sh or LOC_val_solution.csv beside it)"
         ) from None
@@ -107,7 +107,7 @@ def _read_meta(file: BinaryIO, where: Path) -> dict[int, str]:
             for number, wnid, children in zip(*columns, strict=True)
         ]
     except Exception as error:  # scipy raises whatever its parser met
-        raise DataError(
+        raise UserError(
             f"meta.mat of {where} cannot be read ({error}): download the devkit again"
         ) from error
     return {number: wnid for number, wnid, children in rows if not children}
@@ -125,7 +125,7 @@ def _read_truth_with_list(truth: Path, source: Path) -> dict[str, str]:
     usable = {path: wnids for path, wnids in lists.items() if wnids != sorted(wnids)}
     if len(usable) != 1:
         found = ", ".join(p.name for p in usable or lists) or "none"
-        raise DataError(
+        raise UserError(
             f"{truth} needs one list of synsets in the devkit's order (not the "
             f"alphabet's), found: {found}; put {DEVKIT_TAR}, valprep.sh or "
             "LOC_val_solution.csv beside it instead"
@@ -151,7 +151,7 @@ def _number(truth: str, wnids: dict[int, str], where: Path) -> dict[str, str]:
             f"ILSVRC2012_val_{i:08d}": wnids[int(line)] for i, line in enumerate(truth.split(), 1)
         }
     except (ValueError, KeyError) as error:
-        raise DataError(
+        raise UserError(
             f"{where}: {error} is not the number of one of the {len(wnids)} classes"
         ) from error
 
@@ -160,4 +160,4 @@ def _check(labels: dict[str, str], path: Path) -> None:
     wrong = next((w for w in labels.values() if not WNID.fullmatch(w)), None)
     if wrong is not None or not labels:
         what = "no labels" if wrong is None else f"{wrong!r} where a wnid belongs"
-        raise DataError(f"{path} has {what}: it is not the file its name says, download it again")
+        raise UserError(f"{path} has {what}: it is not the file its name says, download it again")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DataError
+from common.errors import UserError
 from data.cache import cache_folders
 from data.images import ImageFiles
 from data.packed import ABOUT, BEGUN, PackedImages, read_about
@@ -25,17 +25,17 @@ SETTLED = 2.0  # seconds: a folder changed so shortly before may change again at
 def load_imagenet(data_dir: str | Path) -> tuple[Source, Source, list[str]]:
     """The training images, the validation images and the class names, in label order.
 
-    Raises DataError when a split is missing, a class is empty, or val/ has other classes than
+    Raises UserError when a split is missing, a class is empty, or val/ has other classes than
     train/ (its labels would then mean other classes: accuracies would be wrong, not missing).
     """
     root = Path(data_dir)
     if os.path.isfile(root / ABOUT):
         return _load_packed(root)
     if os.path.isfile(root / BEGUN):
-        raise DataError(f"{root} is not packed to the end: run its tools.pack again, it goes on")
+        raise UserError(f"{root} is not packed to the end: run its tools.pack again, it goes on")
     for split in ("train", "val"):
         if not os.path.isdir(root / split):
-            raise DataError(
+            raise UserError(
                 f"{root / split} is not there: --data_dir must be a folder with train/ "
                 "and val/, each of one folder of images a class"
             )
@@ -44,7 +44,7 @@ def load_imagenet(data_dir: str | Path) -> tuple[Source, Source, list[str]]:
     if val_classes != classes:
         extra = sorted(set(val_classes) - set(classes))
         missing = sorted(set(classes) - set(val_classes))
-        raise DataError(
+        raise UserError(
             f"{root / 'val'} has other classes than {root / 'train'}: "
             + "; ".join(
                 f"{word} {len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
@@ -59,7 +59,7 @@ def _load_packed(root: Path) -> tuple[PackedImages, PackedImages, list[str]]:
     about = read_about(root)
     lacking = [split for split in ("train", "val") if split not in about["splits"]]
     if lacking:
-        raise DataError(f"{root / ABOUT} has no {lacking[0]} images: pack a tree that has them")
+        raise UserError(f"{root / ABOUT} has no {lacking[0]} images: pack a tree that has them")
     train, val = (PackedImages(root, split, about["splits"][split]) for split in ("train", "val"))
     return train, val, about["classes"]
 
@@ -130,12 +130,12 @@ def list_tree(root: Path, folders: dict[str, int] | None = None) -> tuple[ImageF
         classes = class_folders(root)
         files = [list_images(root, name, folders) for name in classes]
     except OSError as error:
-        raise DataError(f"{error.filename or root} cannot be listed ({error.strerror})") from error
+        raise UserError(f"{error.filename or root} cannot be listed ({error.strerror})") from error
     if not classes:
-        raise DataError(f"{root} has no class folders: expected {root}/<class>/<image>")
+        raise UserError(f"{root} has no class folders: expected {root}/<class>/<image>")
     empty = [name for name, found in zip(classes, files, strict=True) if not found]
     if empty:
-        raise DataError(
+        raise UserError(
             f"{root / empty[0]} has no images ({len(empty)} such class folder"
             f"{'s' if len(empty) > 1 else ''}): fill or remove it, in train/ and val/"
         )

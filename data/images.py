@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from data import DataError
+from common.errors import UserError
 from data.sampling import seeded
 
 DECODED_AT_ONCE = 16  # images, of a batch in a worker
@@ -128,14 +128,14 @@ def fast_jpeg():
 def quick_look(source: ImageFiles, *, seconds: float = 5.0) -> None:
     """Open the headers of a listing's images, spread over it, for a bounded time.
 
-    Raises DataError for one that is no image. What only decoding can tell shows when it is read.
+    Raises UserError for one that is no image. What only decoding can tell shows when it is read.
     """
     started = time.monotonic()
     for index in np.random.default_rng(0).permutation(len(source)).tolist():
         try:
             source.look(index)
         except Exception as error:  # Pillow's plugins raise whatever their parsers met
-            raise DataError(
+            raise UserError(
                 f"{source.name(index)} cannot be read as an image, and an evaluation "
                 "never leaves one out: restore or remove it"
             ) from error

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data import DataError
+from common.errors import UserError
 from data.images import decode_rgb
 
 ABOUT, BEGUN, FORMAT = "packed.json", "packing.json", 1
@@ -47,7 +47,7 @@ def row_type(name_bytes: int) -> np.dtype:
 class PackedImages:
     """One split of a packed folder, a source of images as data.images.ImageFiles is one.
 
-    Raises DataError, one line, where the files are not those that packed.json describes.
+    Raises UserError, one line, where the files are not those that packed.json describes.
     """
 
     def __init__(self, root: Path, split: str, about: dict):
@@ -56,20 +56,20 @@ class PackedImages:
         again = "copy it again from where it was made, or pack again"
         try:
             if data.stat().st_size != about["data_bytes"]:
-                raise DataError(
+                raise UserError(
                     f"{data} has {data.stat().st_size:,} bytes, not "
                     f"{about['data_bytes']:,} as packed: {again}"
                 )
             if zlib.crc32(index.read_bytes()) != about["index_crc"]:
-                raise DataError(f"{index} is damaged (its checksum differs): {again}")
+                raise UserError(f"{index} is damaged (its checksum differs): {again}")
             self.rows = np.load(index, mmap_mode="r", allow_pickle=False)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that nobody may write to it, as nobody does
                 self.data = torch.from_numpy(np.memmap(data, np.uint8, mode="r"))
-        except DataError:
+        except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
+            raise UserError(
                 f"{self.root}: the packed {split} images cannot be opened ({error}): {again}"
             ) from error
         self.labels = self.rows["label"].astype(np.int64)
@@ -111,21 +111,21 @@ class PackedImages:
 
 
 def read_about(root: Path) -> dict:
-    """packed.json: {"format", "classes", "splits": {split: {…}}, …}. Raises DataError."""
+    """packed.json: {"format", "classes", "splits": {split: {…}}, …}. Raises UserError."""
     path = Path(root) / ABOUT
     try:
         about = json.loads(path.read_text())
         if about["format"] != FORMAT:
-            raise DataError(
+            raise UserError(
                 f"{path} is of format {about['format']}, this program reads {FORMAT}: "
                 "pack again with it"
             )
         if not isinstance(about["classes"], list) or not isinstance(about["splits"], dict):
             raise TypeError("classes and splits wanted")
-    except DataError:
+    except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error}): copy or pack again") from error
+        raise UserError(f"{path} cannot be read ({error}): copy or pack again") from error
     return about
 
 
@@ -146,7 +146,7 @@ class Packing:
 
     The order on disk is data, then the rows that speak of it, then packed.json: a kill at any
     moment leaves a pack that can be gone on with, and never one that claims what is not there.
-    `settings` must be those it was begun with; DataError otherwise.
+    `settings` must be those it was begun with; UserError otherwise.
     """
 
     def __init__(self, root: Path, settings: dict):
@@ -157,10 +157,10 @@ class Packing:
             begun = None
             write_json(root / BEGUN, self.settings)
         except ValueError as error:
-            raise DataError(f"{root / BEGUN} cannot be read ({error}): empty the folder") from error
+            raise UserError(f"{root / BEGUN} cannot be read ({error}): empty the folder") from error
         if begun is not None and begun != self.settings:
             differ = ", ".join(k for k in self.settings if begun.get(k) != self.settings[k])
-            raise DataError(
+            raise UserError(
                 f"{root} holds a pack that was begun otherwise ({differ}): give the "
                 "same data and flags, or another folder"
             )
@@ -290,10 +290,10 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def check_room(root: Path, needed: float) -> None:
-    """Raise DataError unless `needed` bytes are free where `root` lies."""
+    """Raise UserError unless `needed` bytes are free where `root` lies."""
     free = shutil.disk_usage(root).free
     if needed > free:
-        raise DataError(
+        raise UserError(
             f"{root} needs about {needed / 1e9:.1f} GB more and has "
             f"{free / 1e9:.1f} GB free: make room, or give a folder elsewhere"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data import DataError
+from common.errors import UserError
 from data.images import ImageFiles
 
 SPLITS = ("train", "val", "test")
@@ -33,7 +33,7 @@ def make_splits(root: Path, classes: list[str], listed: dict[str, list[tuple[str
     parts = {}
     for split in SPLITS:
         if not listed[split]:
-            raise DataError(f"{root}: the {split} split holds no image")
+            raise UserError(f"{root}: the {split} split holds no image")
         files, labels = zip(*listed[split], strict=True)
         encoded = np.array([os.fsencode(file) for file in files])
         parts[split] = ImageFiles(root, encoded, np.array(labels, dtype=np.int64))
@@ -55,20 +55,20 @@ def digest_of(classes: list[str], parts: dict[str, ImageFiles]) -> str:
 
 
 def check_fold(fold: int, folds: list[int], where) -> None:
-    """Raise DataError that says which folds there are, unless `fold` is one of them."""
+    """Raise UserError that says which folds there are, unless `fold` is one of them."""
     if fold not in folds:
         runs_on = len(folds) > 1 and folds == list(range(1, len(folds) + 1))
         there = f"1-{len(folds)}" if runs_on else ", ".join(map(str, folds)) or "none"
-        raise DataError(f"--fold {fold}: not among the folds of {where} ({there})")
+        raise UserError(f"--fold {fold}: not among the folds of {where} ({there})")
 
 
 def find_root(data_dir: Path, inside: list[str], entries: list[str], name: str) -> Path:
-    """The first of data_dir / inside[i] that holds all `entries`; DataError where none does."""
+    """The first of data_dir / inside[i] that holds all `entries`; UserError where none does."""
     for place in inside:
         if all((data_dir / place / entry).exists() for entry in entries):
             return data_dir / place
     places = " and ".join(["it", *(f"its {place}/" for place in inside if place)])
-    raise DataError(
+    raise UserError(
         f"--data_dir {data_dir}: no {name} here ({', '.join(entries)} looked for in {places})"
     )
 
@@ -115,12 +115,12 @@ def stratified_splits(root: Path, fold: int) -> Splits:
     """The `fold`-th independent reshuffle of a folder of class folders, class by class 60/20/20."""
     classes = class_folders(root)
     if len(classes) < 2:
-        raise DataError(f"{root}: needs at least two class folders, holds {len(classes)}")
+        raise UserError(f"{root}: needs at least two class folders, holds {len(classes)}")
     listed = {split: [] for split in SPLITS}
     for label, name in enumerate(classes):
         files = shuffled(list_images(root, name), fold)
         if len(files) < 3:
-            raise DataError(
+            raise UserError(
                 f"{root / name}: {len(files)} images; a class needs at least 3, one for each split"
             )
         fifth = max(1, round(len(files) / 5))
@@ -131,21 +131,21 @@ def stratified_splits(root: Path, fold: int) -> Splits:
 
 
 def read_fields(path: Path, separator: str | None, count: int) -> list[tuple[int, list[str]]]:
-    """Lines of a text file as (line number, fields); DataError names a line that has not `count`.
+    """Lines of a text file as (line number, fields); UserError names a line that has not `count`.
 
     Empty lines are left out; `separator` None means white space.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not a text file ({error.reason})") from error
+        raise UserError(f"{path}: is not a text file ({error.reason})") from error
     rows = []
     for number, line in enumerate(lines, 1):
         fields = line.strip().split(separator)
         if len(fields) == count and all(fields):
             rows.append((number, fields))
         elif line.strip():
-            raise DataError(f"{path}:{number}: {count} fields wanted, found {line.strip()[:60]!r}")
+            raise UserError(f"{path}:{number}: {count} fields wanted, found {line.strip()[:60]!r}")
     return rows
 
 

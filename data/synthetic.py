@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import DataError
+from common.errors import UserError
 
 # What the random streams are for: the splits of a tree share no image, the two layouts neither.
 STREAMS = {"train": 0, "val": 1, "dtd": 2, "folds": 3}
@@ -21,7 +21,7 @@ STREAMS = {"train": 0, "val": 1, "dtd": 2, "folds": 3}
 def write_imagenet_tree(root, *, train_per_class, val_per_class, size, seed, num_classes=8):
     """Write root/{train,val}/<class>/<class>_00001.JPEG, `size` pixels square; -> class names.
 
-    Raises DataError for impossible counts and where other files lie in the class folders.
+    Raises UserError for impossible counts and where other files lie in the class folders.
     """
     names = _class_names(num_classes)
     for split, count in (("train", train_per_class), ("val", val_per_class)):
@@ -36,7 +36,7 @@ def write_dtd(root, *, images_per_class, folds, size, seed, num_classes=8):
     """Write DTD's official layout, root/{images/<class>/*.jpg, labels/{train,val,test}K.txt}.
 
     Every fold K = 1..folds is a reshuffle of all images, class by class, into thirds; what does
-    not divide by three goes to train. -> class names; raises DataError as write_imagenet_tree.
+    not divide by three goes to train. -> class names; raises UserError as write_imagenet_tree.
     """
     names = _class_names(num_classes)
     _check_at_least(images_per_class, 3, "images_per_class")
@@ -164,22 +164,22 @@ PATTERNS = {  # in the order of the labels, which is that of the sorted names
 
 def _class_names(num_classes):
     if not 2 <= num_classes <= len(PATTERNS):
-        raise DataError(f"num_classes {num_classes}: there are 2 to {len(PATTERNS)} patterns")
+        raise UserError(f"num_classes {num_classes}: there are 2 to {len(PATTERNS)} patterns")
     return list(PATTERNS)[:num_classes]
 
 
 def _check_at_least(value, least, name):
     if value < least:
-        raise DataError(f"{name} {value}: built-in data needs at least {least}")
+        raise UserError(f"{name} {value}: built-in data needs at least {least}")
 
 
 @contextmanager
 def _written(path):
-    """Turn what the system says against writing `path` into a DataError."""
+    """Turn what the system says against writing `path` into a UserError."""
     try:
         yield path
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _prepare_folder(folder, wanted):
@@ -188,7 +188,7 @@ def _prepare_folder(folder, wanted):
         folder.mkdir(parents=True, exist_ok=True)
         others = sorted({path.name for path in folder.iterdir()} - set(wanted))
     if others:
-        raise DataError(f"{folder}: holds other files ({others[0]}); give an empty folder")
+        raise UserError(f"{folder}: holds other files ({others[0]}); give an empty folder")
 
 
 def _write_class(folder, files, stream, size):

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from torchvision.datasets import DTD
 
-from data import DataError, companions
+from common.errors import UserError
+from data import companions
 from data.splits import (
     SPLITS,
     PresentImages,
@@ -33,19 +34,19 @@ DTD_PLACES = ["", "dtd", "dtd/dtd"]  # as unpacked by hand, by download_dtd, by 
 def load_splits(dataset: str, data_dir, fold: int, *, num_folds: int = 10) -> Splits:
     """Train, val and test images of one fold; `num_folds` is read by the dataset `folder` alone.
 
-    Raises DataError, one line, for whatever keeps the data from being used.
+    Raises UserError, one line, for whatever keeps the data from being used.
     """
     if dataset not in DATASETS:
-        raise DataError(f"--dataset {dataset}: unknown; there are {', '.join(DATASETS)}")
+        raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(DATASETS)}")
     data_dir = Path(data_dir)
     options = {"num_folds": num_folds} if dataset == "folder" else {}
     try:
         if not data_dir.is_dir():
             hint = ", or add --download" if dataset == "dtd" else ""
-            raise DataError(f"--data_dir {data_dir}: no such folder; give that of the data{hint}")
+            raise UserError(f"--data_dir {data_dir}: no such folder; give that of the data{hint}")
         return DATASETS[dataset].load(data_dir, fold, **options)
     except OSError as error:
-        raise DataError(f"{error.filename or data_dir}: {_reason(error)}") from error
+        raise UserError(f"{error.filename or data_dir}: {_reason(error)}") from error
 
 
 def load_dtd(data_dir: Path, fold: int) -> Splits:
@@ -64,20 +65,20 @@ def load_dtd(data_dir: Path, fold: int) -> Splits:
         for number, (name, file) in read_fields(path, "/", 2):
             image, here = f"{name}/{file}", f"{path}:{number}"
             if image not in present:
-                raise DataError(f"{here}: {present.root / image} is missing")
+                raise UserError(f"{here}: {present.root / image} is missing")
             if image in seen:
-                raise DataError(f"{here}: {image} is already in {seen[image]}")
+                raise UserError(f"{here}: {image} is already in {seen[image]}")
             seen[image] = here
             listed[split].append((image, name))
         if not listed[split]:
-            raise DataError(f"{path}: names no image")
+            raise UserError(f"{path}: names no image")
 
     classes = sorted({name for _, name in listed["train"]})
     label_of = {name: label for label, name in enumerate(classes)}
     for images in listed.values():
         for image, name in images:
             if name not in label_of:
-                raise DataError(f"{seen[image]}: no image of class {name} is in train{fold}.txt")
+                raise UserError(f"{seen[image]}: no image of class {name} is in train{fold}.txt")
     relative = {
         split: [(f"images/{image}", label_of[name]) for image, name in images]
         for split, images in listed.items()
@@ -89,7 +90,7 @@ def download_dtd(data_dir) -> None:
     """Fetch DTD into data_dir/dtd by torchvision's downloader and checksum, unless it is there.
 
     It is unpacked beside its place and moved in whole, so an interrupted download leaves nothing
-    that could be taken for the dataset. Raises DataError.
+    that could be taken for the dataset. Raises UserError.
     """
     data_dir = Path(data_dir)
     if any((data_dir / place / "labels").is_dir() for place in DTD_PLACES):
@@ -102,7 +103,7 @@ def download_dtd(data_dir) -> None:
             shutil.move(Path(staging, "dtd", "dtd"), data_dir / "dtd")
     except (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError) as error:
         what = str(error).strip().splitlines()
-        raise DataError(
+        raise UserError(
             f"--download: DTD could not be fetched from {DTD._URL} into {data_dir}"
             f" ({what[0] if what else type(error).__name__})"
         ) from error
@@ -113,7 +114,7 @@ def load_folder(data_dir: Path, fold: int, *, num_folds: int = 10) -> Splits:
     check_fold(fold, list(range(1, num_folds + 1)), f"--num_folds {num_folds}")
     names = class_folders(data_dir)
     if names and set(names) <= {"train", "val", "valid", "validation", "test"}:
-        raise DataError(
+        raise UserError(
             f"--data_dir {data_dir}: {', '.join(names)} are splits, not classes;"
             f" give one of them: folds are made from a folder of class folders"
         )

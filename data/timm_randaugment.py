@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import DataError
+from common.errors import UserError
 
 
 class TimmRandAugment:
     """timm's RandAugment of one uint8 image, 3 × H × W, under its name there, by Pillow.
 
     It draws from Python's and NumPy's generators: one draw of torch's seeds them, and they are put
-    back after. `mean`: 0 to 1, a channel, the colour of what comes in from outside. DataError
+    back after. `mean`: 0 to 1, a channel, the colour of what comes in from outside. UserError
     where timm is missing.
     """
 
@@ -21,7 +21,7 @@ class TimmRandAugment:
         try:
             from timm.data.auto_augment import rand_augment_transform
         except ImportError as error:
-            raise DataError(f"RandAugment {name} is timm's ({error}): pip install timm") from error
+            raise UserError(f"RandAugment {name} is timm's ({error}): pip install timm") from error
         # What timm's own transforms_imagenet_train passes on for a crop of `size`.
         self.theirs = rand_augment_transform(
             name,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from common.errors import UserError
 from models.resnet import resnet18, seresnet18
 from models.twistnet import (
     twistnet18,
@@ -22,10 +23,6 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-class ModelError(ValueError):
-    """A model or a weights file that cannot be used; the message is one line for the user."""
-
-
 def build_model(
     name: str, num_classes: int, pretrained: str = "auto", keep_head: bool = False
 ) -> nn.Module:
@@ -34,12 +31,12 @@ def build_model(
     The classifier always starts new unless keep_head; num_classes=0 has none. The result's
     weights_origin says what was loaded: {"source", "sha256", "tensors_loaded"}.
     """
-    from models.weights import load_pretrained  # here, because it reads MODELS and ModelError
+    from models.weights import load_pretrained  # here, because it reads MODELS and UserError
 
     if name not in MODELS:
-        raise ModelError(f"--model: no model {name!r}; there are {', '.join(MODELS)}")
+        raise UserError(f"--model: no model {name!r}; there are {', '.join(MODELS)}")
     if num_classes < 0:
-        raise ModelError(f"a network cannot have {num_classes} classes")
+        raise UserError(f"a network cannot have {num_classes} classes")
     model = MODELS[name](num_classes)
     model.weights_origin = load_pretrained(model, name, str(pretrained), keep_head=keep_head)
     return model

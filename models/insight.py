@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models import ModelError
+from common.errors import UserError
 from models.stci import HEADS, REDUCED, STCI
 from models.twistnet import TwistBlock
 
@@ -29,10 +29,10 @@ def channel_names(second_order: bool = True) -> list[str]:
 
 
 def twist_blocks(model: nn.Module) -> dict[str, TwistBlock]:
-    """The network's TwistBlocks by name; ModelError where it has none."""
+    """The network's TwistBlocks by name; UserError where it has none."""
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, TwistBlock)}
     if not blocks:
-        raise ModelError("this network has no STCI to look into: take a TwistNet's checkpoint")
+        raise UserError("this network has no STCI to look into: take a TwistNet's checkpoint")
     return blocks
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
-from models import MODELS, ModelError
-from models.state import HEAD, WeightsFile, misfit, read_bytes, read_weights, recognise
+from common.errors import UserError
+from models import MODELS
+from models.weights_file import HEAD, WeightsFile, misfit, read_bytes, read_weights, recognise
 
 SCRIPT_DIR = Path(__file__).resolve().parent.parent
 TITLES = {"resnet18": "ResNet-18", "seresnet18": "SE-ResNet-18"}  # all others are TwistNet
@@ -89,7 +90,7 @@ def load_trained(path: str | Path) -> tuple[nn.Module, dict]:
         claimed = str((file.config or {}).get("model"))
         raise misfit(file, claimed if claimed in MODELS else "twistnet18")
     if file.tensors.get(HEAD[0]) is None or file.tensors[HEAD[0]].dim() != 2:
-        raise ModelError(f"{file.path} has no classifier (fc.weight): nothing to classify with")
+        raise UserError(f"{file.path} has no classifier (fc.weight): nothing to classify with")
     classes = len(file.tensors[HEAD[0]])
     model = MODELS[name](classes)
     check_head(model, file.path, file.tensors)
@@ -117,17 +118,17 @@ def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         looked = " and ".join(map(str, candidates(name)))
-        raise ModelError(
+        raise UserError(
             f"no weights for {name}: looked for {looked}, and {TORCHVISION_SOURCE} could not "
             f"be had ({reason}); run pretrain_imagenet.py --model {name}, give --pretrained PATH, "
             "or train from scratch with --pretrained none"
         ) from None
     if recognise(tensors, ("resnet18",)) is None:
         file = Path(TORCHVISION.url).name
-        raise ModelError(f"torch.hub's {file} is no ResNet-18: delete it, and it is fetched again")
+        raise UserError(f"torch.hub's {file} is no ResNet-18: delete it, and it is fetched again")
     if keep_head:
         if name != "resnet18":
-            raise ModelError(f"no weights for {name} with a classifier: give --pretrained PATH")
+            raise UserError(f"no weights for {name} with a classifier: give --pretrained PATH")
         check_head(model, Path(TORCHVISION.url), tensors)
     if name in TITLES:
         title = TITLES[name]
@@ -171,7 +172,7 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], *, keep_head: bool) -> li
         if name in own and x.shape == own[name].shape and (keep_head or name not in HEAD)
     }
     if not fitting:
-        raise ModelError("the weights have no tensor that fits the network: 0 layers loaded")
+        raise UserError("the weights have no tensor that fits the network: 0 layers loaded")
     model.load_state_dict(fitting, strict=False)
     return list(fitting)
 
@@ -182,13 +183,13 @@ def check_head(model: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None
         have = tuple(tensors[name].shape) if name in tensors else "missing"
         want = tuple(own[name].shape) if name in own else "none"
         if have != want:
-            raise ModelError(f"{path}: {name} is {have}, the network's is {want}: other classes")
+            raise UserError(f"{path}: {name} is {have}, the network's is {want}: other classes")
 
 
 def given(pretrained: str) -> Path:
     path = Path(pretrained)
     if not path.is_file():
-        raise ModelError(f"--pretrained {pretrained}: no such file (or give auto, or none)")
+        raise UserError(f"--pretrained {pretrained}: no such file (or give auto, or none)")
     return path
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError
 from sweeps.classes import class_differences, confusion
 from sweeps.grid import Sweep
-from sweeps.results import SweepError
 from sweeps.rows import Row
 from sweeps.statistics import Comparison, fold_means
 
@@ -48,7 +48,7 @@ def new_figure(path: Path, height: float, width: float = WIDTH):
         import matplotlib.font_manager
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise SweepError("figures need matplotlib: pip install matplotlib") from error
+        raise UserError("figures need matplotlib: pip install matplotlib") from error
     installed = matplotlib.font_manager.get_font_names()
     fonts = ["DejaVu Sans", *(name for name in CHINESE if name in installed)]
     with matplotlib.rc_context({**STYLE, "font.sans-serif": fonts}):

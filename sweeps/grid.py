@@ -5,8 +5,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.errors import UserError
 from sweeps.groups import label_groups
-from sweeps.results import Run, SweepError, read_runs
+from sweeps.results import Run, read_runs
 
 
 @dataclass
@@ -44,7 +45,7 @@ def read_sweep(
     """Read RUN_DIR. The grid is what is given, else sweep.json's, else all that the runs span.
 
     `skip` names run folders that are not to be counted. Models outside sweep.json get rows too.
-    Raises SweepError if there is no run at all, or runs of several data sets and no choice.
+    Raises UserError if there is no run at all, or runs of several data sets and no choice.
     """
     run_dir = Path(run_dir)
     runs, notes = read_runs(run_dir, skip)
@@ -54,7 +55,7 @@ def read_sweep(
     dataset = dataset or plan.get("dataset") or only_dataset(run_dir, runs)
     runs = [run for run in runs if run.dataset == dataset]
     if not runs and not models:
-        raise SweepError(f"{run_dir} holds no run of {dataset}: give --dataset another name")
+        raise UserError(f"{run_dir} holds no run of {dataset}: give --dataset another name")
     folds = sorted(set(folds or plan.get("folds") or (run.fold for run in runs)))
     seeds = sorted(set(seeds or plan.get("seeds") or (run.seed for run in runs)))
     others = [] if models else sorted({run.model for run in runs})
@@ -88,17 +89,17 @@ def read_plan(run_dir: Path) -> dict:
             "seeds": [int(seed) for seed in plan["seeds"]],
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SweepError(f"{path} cannot be read ({error!r}): delete or mend it") from error
+        raise UserError(f"{path} cannot be read ({error!r}): delete or mend it") from error
 
 
 def only_dataset(run_dir: Path, runs: list[Run]) -> str:
     """The one data set of these runs."""
     names = sorted({run.dataset for run in runs})
     if not names:
-        raise SweepError(
+        raise UserError(
             f"{run_dir} holds no run folder <dataset>_fold<k>_<model>_seed<s>: give the folder"
             " that train.py or run_all.py had as --run_dir"
         )
     if len(names) > 1:
-        raise SweepError(f"{run_dir} holds runs of {', '.join(names)}: choose with --dataset")
+        raise UserError(f"{run_dir} holds runs of {', '.join(names)}: choose with --dataset")
     return names[0]

@@ -4,7 +4,6 @@ A cell is finished by its results.json alone, and train.py itself locks its fold
 claimed here: a launcher may be killed, started again, or started twice.
 """
 
-import fcntl
 import os
 import shlex
 import signal
@@ -18,10 +17,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from common.errors import EXIT_BUSY, EXIT_PREEMPTED, EXIT_USAGE
+from common.files import is_locked
+
 DONE, FAILED, STOPPED, BUSY, AGAIN = "done", "failed", "stopped", "busy", "again"
-# train.py's: see training/command_line.py and training/record.py.
-EXIT_USAGE, EXIT_BUSY, EXIT_PREEMPTED = 2, 3, 75
-LOCK, OUTPUT = ".lock", "output.log"
+OUTPUT = "output.log"
 POLL, BUSY_POLL = 0.1, 5.0  # seconds
 GRACE = 60.0  # seconds a stopped process has for saving
 
@@ -78,7 +78,7 @@ class LocalPool:
         for cell in [cell for cell in waiting if cell.not_before <= now]:
             if not self.free:
                 return
-            if in_use(cell.folder):
+            if is_locked(cell.folder):
                 self._wait_for(cell)
                 continue
             waiting.remove(cell)
@@ -162,18 +162,6 @@ def start_process(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
         return subprocess.Popen(
             cell.command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
-
-
-def in_use(folder: Path) -> bool:
-    """Whether a live train.py works in this folder; where locks fail, train.py says so."""
-    try:
-        with open(folder / LOCK, "a") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def tail(folder: Path, lines: int = 12) -> str:

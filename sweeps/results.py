@@ -6,17 +6,14 @@ Whatever else lies in RUN_DIR is left alone; what cannot be read is noted and no
 
 import json
 import math
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import UserError
+
 NAME = re.compile(r"(?P<dataset>.+)_fold(?P<fold>\d+)_(?P<model>.+)_seed(?P<seed>-?\d+)")
-
-
-class SweepError(ValueError):
-    """Something in a sweep's folder or on the command line is wrong; one line that says what."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Run:
 def read_runs(run_dir: Path, skip: Collection[str] = ()) -> tuple[list[Run], list[str]]:
     """All run folders in run_dir, finished or not, and a note on each that cannot be counted."""
     if not run_dir.is_dir():
-        raise SweepError(f"{run_dir} is not a folder: give the --run_dir of a sweep")
+        raise UserError(f"{run_dir} is not a folder: give the --run_dir of a sweep")
     runs, notes = [], []
     for folder in sorted(run_dir.iterdir()):
         match = NAME.fullmatch(folder.name)
@@ -82,11 +79,3 @@ def read_log(path: Path) -> list[dict]:
         except (ValueError, KeyError, TypeError, OverflowError):
             continue  # the line being written when the run was killed, or is right now
     return [epochs[epoch] for epoch in sorted(epochs)]
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none; two processes may do it at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(partial, path)

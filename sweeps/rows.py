@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from common.errors import UserError
 from sweeps.grid import Sweep
 from sweeps.groups import data_of, differences, settings_of
-from sweeps.results import Run, SweepError
+from sweeps.results import Run
 from sweeps.statistics import Comparison, Summary, compare, fold_means, holm, summarise
 
 
@@ -27,7 +28,7 @@ def pick_baseline(sweep: Sweep, name: str | None = None) -> str:
         return "resnet18" if "resnet18" in sweep.labels else sweep.labels[0]
     if name not in sweep.labels:
         choice = ", ".join(sweep.labels)
-        raise SweepError(f"--baseline {name} is not in {sweep.run_dir}: choose from {choice}")
+        raise UserError(f"--baseline {name} is not in {sweep.run_dir}: choose from {choice}")
     return name
 
 

@@ -12,15 +12,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from sweeps.launching import (
-    EXIT_BUSY,
-    EXIT_PREEMPTED,
-    EXIT_USAGE,
-    Cell,
-    start_process,
-    tail,
-)
-from sweeps.results import SweepError
+from common.errors import EXIT_BUSY, EXIT_PREEMPTED, EXIT_USAGE, UserError
+from sweeps.launching import Cell, start_process, tail
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY_POLL = 60.0  # seconds between looks at a cell that another process runs
@@ -36,7 +29,7 @@ class CellJob:
         self.child = None
 
     def __call__(self) -> None:
-        """Run until the cell is finished. SweepError where it failed twice, or can never run."""
+        """Run until the cell is finished. UserError where it failed twice, or can never run."""
         while True:
             self.child = start_process(self.cell, self.environment)
             code = self.child.wait()
@@ -51,7 +44,7 @@ class CellJob:
                 # count as failed, and Slurm would not queue it again.
                 time.sleep(LAST_WAIT)
             elif self.cell.failures or code == EXIT_USAGE:
-                raise SweepError(
+                raise UserError(
                     f"{self.cell.name} failed with exit code {code}; its output ends "
                     f"with\n{tail(self.cell.folder)}"
                 )
@@ -88,12 +81,12 @@ def submit(
     """Queue the cells as one job array and give back its number; its files go to `logs`.
 
     Each task gets `gpus` and `cpus` of one machine for `minutes`, after which it is queued again;
-    at most `at_once` run at a time. SweepError where there is no submitit, no Slurm, or a refusal.
+    at most `at_once` run at a time. UserError where there is no submitit, no Slurm, or a refusal.
     """
     try:
         import submitit
     except ImportError as error:
-        raise SweepError("--launcher slurm needs submitit: pip install submitit") from error
+        raise UserError("--launcher slurm needs submitit: pip install submitit") from error
     path = shlex.quote(str(ROOT))
     try:
         executor = submitit.SlurmExecutor(logs, max_num_timeout=ANY_NUMBER)
@@ -113,5 +106,5 @@ def submit(
             threads = {"OMP_NUM_THREADS": str(cpus)}
             jobs = [executor.submit(CellJob(cell, threads)) for cell in cells]
     except (RuntimeError, OSError) as error:
-        raise SweepError(f"--launcher slurm: {error}") from error
+        raise UserError(f"--launcher slurm: {error}") from error
     return jobs[0].job_id.partition("_")[0]

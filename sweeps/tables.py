@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sweeps.grid import Sweep, read_sweep
-from sweeps.results import write_atomically
+from sweeps.results import write_atomic
 from sweeps.rows import Row, counted, footnotes, make_rows, pick_baseline
 from sweeps.statistics import Comparison, Summary
 
@@ -81,10 +81,10 @@ def write_table_files(sweep: Sweep, baseline: str, folder: Path) -> str:
     rows = make_rows(sweep, baseline)
     notes = footnotes(sweep, rows, baseline)
     markdown = to_markdown(rows, notes)
-    write_atomically(folder / "table.md", markdown)
-    write_atomically(folder / "table.csv", to_csv(rows, baseline))
-    write_atomically(folder / "table.tex", to_latex(rows, notes))
-    write_atomically(folder / "runs.csv", runs_csv(sweep))
+    write_atomic(folder / "table.md", markdown)
+    write_atomic(folder / "table.csv", to_csv(rows, baseline))
+    write_atomic(folder / "table.tex", to_latex(rows, notes))
+    write_atomic(folder / "runs.csv", runs_csv(sweep))
     return markdown
 
 

@@ -6,11 +6,11 @@ The tests' networks are small, and several tests run at a time.
 import os
 import signal
 
+from common.processes import STOP_SIGNALS
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-
-from training.preemption import STOP_SIGNALS
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from data.synthetic import write_dtd, write_imagenet_tree
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import end_to_end, loader, step, timing
-from training import RunError
 
 SMALL = ["--img_size", "32", "--rounds", "1", "--batch_size", "4"]
 
@@ -78,7 +78,7 @@ def test_loader_reads_class_folders_and_refuses_a_pack(tree, tmp_path_factory):
     train, val, classes = loader.load_imagenet(made)
     assert (len(train), len(val), len(classes)) == (5, 2, 2)
     (tree / "train" / loader.ABOUT).touch()
-    with pytest.raises(RunError, match="is packed: give the tree"):
+    with pytest.raises(UserError, match="is packed: give the tree"):
         loader.small_tree(args, tree)
 
 
@@ -159,9 +159,9 @@ def test_start_ends_at_the_first_step(tmp_path, capsys):
 
 
 def test_whole_runs_need_images_and_say_what_failed(tree):
-    with pytest.raises(RunError, match="sweep needs real images: .*--data_dir"):
+    with pytest.raises(UserError, match="sweep needs real images: .*--data_dir"):
         benchmark.main(["sweep"])
     broken = next((tree / "val").glob("*/*"))
     broken.write_bytes(b"no image")
-    with pytest.raises(RunError, match=f"{broken.name} cannot be read"):
+    with pytest.raises(UserError, match=f"{broken.name} cannot be read"):
         benchmark.main(["pretrain", "--data_dir", str(tree), *SMALL])

@@ -129,7 +129,7 @@ def test_where_nothing_can_be_written_the_files_are_read_and_one_line_says_so(ro
 
 def test_no_room_on_disk_or_in_memory_is_one_line_and_leaves_nothing(root, monkeypatch, capsys):
     def no_room(place, needed):
-        raise cache.DataError(f"{place} has no room")
+        raise cache.UserError(f"{place} has no room")
 
     monkeypatch.setattr(cache, "check_room", no_room)
     assert not isinstance(cached(root).train, DecodedFiles)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from training import RunError
+from common.errors import UserError
+from common.files import write_atomic
 from training.checkpoint import (
     BEST,
     LATEST,
@@ -21,7 +22,6 @@ from training.checkpoint import (
     first_nonfinite,
     load_checkpoint,
     serialise,
-    write_atomic,
 )
 
 
@@ -118,7 +118,7 @@ def test_both_bad_is_an_error_that_touches_nothing(saved):
     damage(saved / LATEST)
     cut(saved / PREVIOUS)
     before = {path: path.read_bytes() for path in saved.iterdir()}
-    with pytest.raises(RunError, match="nothing was overwritten") as caught:
+    with pytest.raises(UserError, match="nothing was overwritten") as caught:
         load_checkpoint(saved / LATEST)
     assert LATEST in str(caught.value) and PREVIOUS in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -127,16 +127,16 @@ def test_both_bad_is_an_error_that_touches_nothing(saved):
 
 def test_only_latest_has_a_predecessor(saved):
     damage(saved / BEST)
-    with pytest.raises(RunError, match=r"best\.pt"):
+    with pytest.raises(UserError, match=r"best\.pt"):
         load_checkpoint(saved / BEST)
-    with pytest.raises(RunError, match=r"--resume .*other\.pt: no such file"):
+    with pytest.raises(UserError, match=r"--resume .*other\.pt: no such file"):
         load_checkpoint(saved / "other.pt")
 
 
 def test_paths_that_hold_nothing_are_named(tmp_path):
-    with pytest.raises(RunError, match=r"--resume .*latest\.pt: no such file"):
+    with pytest.raises(UserError, match=r"--resume .*latest\.pt: no such file"):
         load_checkpoint(tmp_path / LATEST)
-    with pytest.raises(RunError, match="directory"):
+    with pytest.raises(UserError, match="directory"):
         load_checkpoint(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_flipped_bits_are_found_or_harmless(tmp_path):
         path.write_bytes(data)
         try:
             loaded, _ = load_checkpoint(path)
-        except RunError as error:
+        except UserError as error:
             assert "\n" not in str(error)
             found += 1
         else:
@@ -166,7 +166,7 @@ def test_every_flip_in_a_tensor_is_found(tmp_path):
     for position in range(start, start + record.file_size, 97):
         path.write_bytes(whole)
         damage(path, position)
-        with pytest.raises(RunError, match="checksum"):
+        with pytest.raises(UserError, match="checksum"):
             load_checkpoint(path)
 
 
@@ -191,7 +191,7 @@ def test_two_failed_saves_warn_the_third_stops_and_the_old_files_stay_whole(save
             warning = checkpoints.save(state(9), best=True)
         assert warning.startswith("warning: ") and str(saved) in warning and "\n" not in warning
         assert [step_of(saved / name)[0] for name in (LATEST, PREVIOUS, BEST)] == [3, 2, 1]
-    with full_disk(), pytest.raises(RunError, match="3 times in a row: free space"):
+    with full_disk(), pytest.raises(UserError, match="3 times in a row: free space"):
         checkpoints.save(state(9), best=True)
     assert [step_of(saved / name)[0] for name in (LATEST, PREVIOUS, BEST)] == [3, 2, 1]
     assert sorted(os.listdir(saved)) == sorted([BEST, LATEST, PREVIOUS])
@@ -290,7 +290,7 @@ class Code:
 def test_files_that_carry_code_are_refused_and_run_nothing(tmp_path, write, name):
     target = tmp_path / "written"
     write(tmp_path / name, {**state(1), "config": Code(target)})
-    with pytest.raises(RunError, match=name) as caught:
+    with pytest.raises(UserError, match=name) as caught:
         load_checkpoint(tmp_path / name)
     assert "\n" not in str(caught.value)
     assert not target.exists()
@@ -298,7 +298,7 @@ def test_files_that_carry_code_are_refused_and_run_nothing(tmp_path, write, name
 
 def test_code_in_latest_is_no_damage_to_fall_back_from(saved):
     torch.save({**state(1), "config": Code(saved / "written")}, saved / LATEST)
-    with pytest.raises(RunError, match="can run code"):
+    with pytest.raises(UserError, match="can run code"):
         load_checkpoint(saved / LATEST)
     assert not (saved / "written").exists()
 
@@ -314,7 +314,7 @@ def test_code_in_latest_is_no_damage_to_fall_back_from(saved):
 )
 def test_weights_are_no_checkpoint(tmp_path, value):
     torch.save(value, tmp_path / "w.pt")
-    with pytest.raises(RunError, match="a weights file cannot be resumed"):
+    with pytest.raises(UserError, match="a weights file cannot be resumed"):
         load_checkpoint(tmp_path / "w.pt")
 
 
@@ -329,14 +329,14 @@ def test_a_pickle_that_makes_no_sense_is_one_line_too(tmp_path, content):
         for info in old.infolist():
             data = content if info.filename.endswith("data.pkl") else old.read(info)
             new.writestr(info.filename, data)
-    with pytest.raises(RunError, match=r"bad\.pt"):
+    with pytest.raises(UserError, match=r"bad\.pt"):
         load_checkpoint(tmp_path / "bad.pt")
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(RunError, match=r"x\.pt cannot be loaded"):
+    with pytest.raises(UserError, match=r"x\.pt cannot be loaded"):
         load_checkpoint(tmp_path / "x.pt")
 
 

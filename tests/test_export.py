@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from models import ModelError, build_model
+from models import build_model
 from tools import export
-from training.command_line import UsageError
 
 CLASSES = ["banded", "müll", "woven"]
 ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -91,7 +91,7 @@ def test_a_difference_ends_in_1_and_writes_nothing(monkeypatch):
 def test_onnx_without_its_packages_says_what_to_install(package, monkeypatch):
     for name in ONNX:
         monkeypatch.setitem(sys.modules, name, None if name == package else sys)
-    with pytest.raises(UsageError, match=f"needs {package}: pip install {' '.join(ONNX)}"):
+    with pytest.raises(UserError, match=f"needs {package}: pip install {' '.join(ONNX)}"):
         call("x.onnx")
 
 
@@ -105,6 +105,6 @@ def test_onnx_without_its_packages_says_what_to_install(package, monkeypatch):
 )
 def test_wrong_input_is_one_line(checkpoint, out, told):
     write_checkpoint()
-    with pytest.raises((UsageError, ModelError), match=told) as error:
+    with pytest.raises((UserError, UserError), match=told) as error:
         export.main(["--checkpoint", checkpoint, "--out", out])
     assert "\n" not in str(error.value) and not Path(out).exists()

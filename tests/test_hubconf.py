@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import hubconf
-from models import MODELS, ModelError, build_model
+from common.errors import UserError
+from models import MODELS, build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,17 +73,17 @@ def test_trained_weights_with_their_classifier_or_a_new_one(pretrained):
 def test_an_ablation_takes_twistnets_layers_but_not_its_classifier():
     state = save("twistnet18", 5, Path("weights/twistnet18_imagenet.pt"))
     assert same(load("twistnet18_no_ais", pretrained=True, num_classes=5), state, head=False)
-    with pytest.raises(ModelError, match="it holds twistnet18"):
+    with pytest.raises(UserError, match="it holds twistnet18"):
         load("twistnet18_no_ais", pretrained=True)
 
 
 def test_what_cannot_be_had_is_one_error():
-    with pytest.raises(ModelError, match="none.pt"):
+    with pytest.raises(UserError, match="none.pt"):
         load("twistnet18", pretrained="none.pt")
     state = save("resnet18", 4, Path("headless.pt"))
     del state["fc.weight"], state["fc.bias"]
     torch.save(state, "headless.pt")
-    with pytest.raises(ModelError, match="give num_classes"):
+    with pytest.raises(UserError, match="give num_classes"):
         load("resnet18", pretrained="headless.pt")
     assert load("resnet18", pretrained="headless.pt", num_classes=3).fc.out_features == 3
 

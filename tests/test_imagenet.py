@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError
+from common.errors import UserError
 from data.imagenet import list_tree, load_imagenet
 
 
@@ -87,7 +87,7 @@ def test_a_link_back_into_the_tree_never_counts_an_image_twice(tmp_path):
     (tmp_path / "a/again").symlink_to(tmp_path / "a")
     try:
         found = [name for name, _ in listed(list_tree(tmp_path)[0])]
-    except DataError as error:  # refused is as good
+    except UserError as error:  # refused is as good
         assert "\n" not in str(error)
     else:
         assert found == ["a/1.jpg", "b/1.jpg"]
@@ -133,7 +133,7 @@ def test_both_splits_share_their_labels(tmp_path):
 )
 def test_trees_that_would_give_wrong_numbers_are_refused_in_one_line(tmp_path, files, message):
     make(tmp_path, *files)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_imagenet(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
@@ -141,7 +141,7 @@ def test_trees_that_would_give_wrong_numbers_are_refused_in_one_line(tmp_path, f
 def test_a_data_dir_that_is_missing_or_a_file(tmp_path):
     make(tmp_path, "file")
     for place in ("nowhere", "file"):
-        with pytest.raises(DataError, match=f"{place}/train is not there"):
+        with pytest.raises(UserError, match=f"{place}/train is not there"):
             load_imagenet(tmp_path / place)
 
 
@@ -166,7 +166,7 @@ def test_no_permission_is_one_line(closed):
         make(root, "train/a/1.jpg", "val/a/1.jpg")
         (root / closed).chmod(0)
         try:
-            with unprivileged(), pytest.raises(DataError, match="ermission|not there") as caught:
+            with unprivileged(), pytest.raises(UserError, match="ermission|not there") as caught:
                 load_imagenet(root)
             assert "\n" not in str(caught.value)
         finally:

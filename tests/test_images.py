@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError
+from common.errors import UserError
 from data.images import EvalSet, ImageFiles, TrainSet, quick_look, read_rgb
 from data.transforms import EvalTransform, TrainTransform
 
@@ -173,7 +173,7 @@ def test_evaluation_marks_broken_images_and_replaces_none(tmp_path):
 
 @pytest.mark.parametrize("broken", [1, 2])  # empty, text; a cut file has a whole header
 def test_quick_look_names_what_is_no_image(tmp_path, broken):
-    with pytest.raises(DataError, match=rf"{broken}\.jpg cannot be read as an image") as caught:
+    with pytest.raises(UserError, match=rf"{broken}\.jpg cannot be read as an image") as caught:
         quick_look(write_listing(tmp_path, 12, broken=[broken]))
     assert "\n" not in str(caught.value)
 
@@ -184,5 +184,5 @@ def test_quick_look_is_content_with_good_files_and_is_bounded(tmp_path):
     order = np.random.default_rng(0).permutation(12)
     photo(0).save(tmp_path / f"{order[0]}.jpg")
     quick_look(all_broken_but_one, seconds=-1)  # the time is over after the first file
-    with pytest.raises(DataError):
+    with pytest.raises(UserError):
         quick_look(all_broken_but_one)

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import Diverged, Preempted, UserError
+from common.files import read_json
 from data.images import Sample
-from training import RunError, loop
+from training import loop
 from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
 from training.distributed import World
 from training.engine import Score, Trainer, evaluate
-from training.loop import Diverged, Preempted, Progress, Run, restore
+from training.loop import Progress, Run, restore
 from training.optim import lr_at, make_sgd
-from training.record import Folder, read_json
+from training.run_dir import Folder
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 EPOCHS, STEPS = 3, 4
@@ -354,7 +356,7 @@ def test_more_than_ten_and_a_thousandth_stop_the_run_with_the_list(tmp_path, ima
     run = make(tmp_path, broken=broken, frozen={"config": {}, "classes": [], "images": images})
     if not stops:
         return run.fit()
-    with pytest.raises(RunError, match="11 training images cannot be read") as caught:
+    with pytest.raises(UserError, match="11 training images cannot be read") as caught:
         run.fit()
     names = [f"image{i}" for i in [*range(16, 24), *range(32, 35)]]
     assert sorted(str(caught.value).rpartition(": ")[2].split(", ")) == sorted(names)
@@ -363,7 +365,7 @@ def test_more_than_ten_and_a_thousandth_stop_the_run_with_the_list(tmp_path, ima
 
 def test_a_class_that_cannot_be_read_at_all_stops_the_run(tmp_path):
     run = make(tmp_path, broken=lambda step: [0, 0, 2, 0, 0, 0, 0, 0] if step == 1 else None)
-    with pytest.raises(RunError, match="image18 cannot be read as an image, nor can any other"):
+    with pytest.raises(UserError, match="image18 cannot be read as an image, nor can any other"):
         run.fit()
     assert run.progress.step == 1
 
@@ -371,7 +373,7 @@ def test_a_class_that_cannot_be_read_at_all_stops_the_run(tmp_path):
 def test_a_broken_validation_image_stops_after_saving_and_is_validated_again(whole, tmp_path):
     bad = Score(1.0, 1, 1, 10, ["val/x.jpg", "val/y.jpg"])
     run = make(tmp_path, validate=lambda between: bad)
-    with pytest.raises(RunError, match=r"2 validation images .*: val/x\.jpg, val/y\.jpg$"):
+    with pytest.raises(UserError, match=r"2 validation images .*: val/x\.jpg, val/y\.jpg$"):
         run.fit()
     assert load_checkpoint(tmp_path / LATEST)[0]["step"] == STEPS and log(tmp_path) == []
     again = resumed(tmp_path)
@@ -451,7 +453,7 @@ def test_a_run_does_not_end_with_its_last_epoch_unsaved(tmp_path, monkeypatch):
     failing = []
     full_disk(monkeypatch, failing)
     run = make(tmp_path, steps_from=filling(failing, [11]), validate=scores(3, 5, 9))
-    with pytest.raises(RunError, match="could not be written .* free space there"):
+    with pytest.raises(UserError, match="could not be written .* free space there"):
         run.fit()
     failing.clear()
     again = resumed(tmp_path, validate=scores(9))
@@ -464,7 +466,7 @@ def test_unreadable_images_are_counted_over_a_resume(tmp_path):
     with pytest.raises(Preempted):
         make(tmp_path, stop=Stop(2), **ten).fit()
     one_more = {"broken": lambda step: [1.0] + [0.0] * 7 if step == 2 else None}
-    with pytest.raises(RunError, match="11 training images cannot be read"):
+    with pytest.raises(UserError, match="11 training images cannot be read"):
         resumed(tmp_path, **one_more).fit()
 
 
@@ -472,7 +474,7 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves(tmp_path, monkey
     failing = []
     full_disk(monkeypatch, failing)
     run = make(tmp_path, steps_from=filling(failing, range(2, 12)), save_seconds=0.0)
-    with pytest.raises(RunError, match="3 times in a row"):
+    with pytest.raises(UserError, match="3 times in a row"):
         run.fit()
     assert load_checkpoint(tmp_path / LATEST)[0]["step"] == 2
 
@@ -496,13 +498,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, spoil):
     make(tmp_path).save()
     state = load_checkpoint(tmp_path / LATEST)[0]
     spoil(state)
-    with pytest.raises(RunError, match="the checkpoint does not fit this run"):
+    with pytest.raises(UserError, match="the checkpoint does not fit this run"):
         make(tmp_path, state=state)
 
 
 def test_another_networks_checkpoint_names_the_tensors(tmp_path):
     make(tmp_path).save()
-    with pytest.raises(RunError, match=r"5\.weight"):
+    with pytest.raises(UserError, match=r"5\.weight"):
         resumed(tmp_path, model=tiny(width=5))
 
 

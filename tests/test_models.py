@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from models import MODELS, ModelError, build_model
+from common.errors import UserError
+from models import MODELS, build_model
 from models.twistnet import TwistBlock
 
 COUNTS = {
@@ -144,12 +145,12 @@ def test_twistnet_trains_under_ddp_autocast_and_channels_last(tmp_path):
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(UserError) as error:
         build_model("resnet50", 10, "none")
     assert all(name in str(error.value) for name in COUNTS)
     assert "resnet50" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_negative_class_count_is_refused():
-    with pytest.raises(ModelError, match="-1"):
+    with pytest.raises(UserError, match="-1"):
         build_model("resnet18", -1, "none")

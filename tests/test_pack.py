@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from data import DataError, packed
+from common.errors import Busy, UserError
+from data import packed
 from data.imagenet import load_imagenet
 from data.images import read_rgb
 from data.packed import ABOUT
 from data.synthetic import write_imagenet_tree
 from tools import pack as tool
-from training import BusyError, RunError
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_pack_that_was_killed_goes_on_and_ends_the_same(tree, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(tree)
     assert not (whole / ABOUT).exists()
-    with pytest.raises(DataError, match="is not packed to the end"):
+    with pytest.raises(UserError, match="is not packed to the end"):
         load_imagenet(whole)
     added.clear()
     monkeypatch.setattr(
@@ -165,7 +165,7 @@ def test_a_finished_pack_is_left_as_it_is(tree, capsys):
     run(tree)
     assert "is packed already" in capsys.readouterr().out
     assert (out / ABOUT).stat().st_mtime_ns == before
-    with pytest.raises(RunError, match="holds a pack of other settings"):
+    with pytest.raises(UserError, match="holds a pack of other settings"):
         run(tree, "--quality", "70")
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_pack_is_made_anew_and_one_of_other_images_is_refused(tree, ca
     assert (out / "train.data").read_bytes() == whole
     path = next(tree.glob("val/*/*"))
     path.rename(path.with_name("other.jpg"))
-    with pytest.raises(RunError, match="holds a pack of other images"):
+    with pytest.raises(UserError, match="holds a pack of other images"):
         run(tree)
 
 
@@ -190,13 +190,13 @@ def test_another_tree_does_not_go_on_with_a_pack(tree):
         run(tree)
     path.write_bytes(content)
     path.rename(path.with_name("other.jpg"))
-    with pytest.raises(DataError, match=r"begun otherwise \(listing\)"):
+    with pytest.raises(UserError, match=r"begun otherwise \(listing\)"):
         run(tree)
 
 
 def test_too_little_room_is_one_line_before_anything_is_packed(tree, monkeypatch):
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
-    with pytest.raises(DataError, match="needs about 0.0 GB more and has 0.0 GB free"):
+    with pytest.raises(UserError, match="needs about 0.0 GB more and has 0.0 GB free"):
         run(tree)
     assert (tree.parent / "packed" / "train.data").stat().st_size == 0
 
@@ -206,7 +206,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tree, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(packed.PackWriter, "flush", full)
-    with pytest.raises(RunError, match="No space left on device.*the same command goes on"):
+    with pytest.raises(UserError, match="No space left on device.*the same command goes on"):
         run(tree)
     monkeypatch.undo()
     assert len(load_imagenet(run(tree))[0]) == 12
@@ -214,11 +214,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tree, monkeypatch)
 
 def test_flags_that_make_no_sense_are_one_line(tree):
     packed_tree = run(tree)
-    with pytest.raises(RunError, match="is packed: give the tree"):
+    with pytest.raises(UserError, match="is packed: give the tree"):
         tool.main(["--data_dir", str(packed_tree), "--out", str(tree.parent / "again")])
-    with pytest.raises(RunError, match="--out must be another folder"):
+    with pytest.raises(UserError, match="--out must be another folder"):
         tool.main(["--data_dir", str(tree), "--out", str(tree)])
-    with pytest.raises(RunError, match="--quality above 95"):
+    with pytest.raises(UserError, match="--quality above 95"):
         run(tree, "--quality", "100")
 
 
@@ -227,5 +227,5 @@ def test_two_at_a_time_are_refused(tree, monkeypatch):
         raise BlockingIOError
 
     monkeypatch.setattr(tool, "pack", busy)
-    with pytest.raises(BusyError, match="by another process"):
+    with pytest.raises(Busy, match="by another process"):
         run(tree)

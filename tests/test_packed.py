@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import DataError, images, packed
+from common.errors import UserError
+from data import images, packed
 from data.images import TrainSet, collate, decode_rgb, read_rgb
 from data.packed import ABOUT, BEGUN, PackedImages, Packing, held, made, read_about, row_type
 from data.transforms import TrainTransform
@@ -144,7 +145,7 @@ def flip(path):
 def test_files_that_are_not_as_packed_are_one_line(tmp_path, file, damage, message):
     finished(tmp_path)
     damage(tmp_path / file)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         opened(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
@@ -185,7 +186,7 @@ def test_images_left_out_keep_the_order_of_the_others(tmp_path):
 
 def test_a_pack_begun_otherwise_is_refused(tmp_path):
     begin(tmp_path, [0])
-    with pytest.raises(DataError, match=r"begun otherwise \(short_side\)"):
+    with pytest.raises(UserError, match=r"begun otherwise \(short_side\)"):
         begin(tmp_path, [], settings={"short_side": 128})
 
 

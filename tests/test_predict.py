@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from data.images import read_rgb
 from data.transforms import EvalTransform, normalise
-from models import ModelError, build_model
+from models import build_model
 from tools import predict
 
 CLASSES = ["banded", "dotted", "müll", "ringed", "woven", "wavy"]
@@ -147,5 +148,5 @@ def test_a_file_that_is_no_checkpoint_is_one_line():
     write_image(Path("one.png"), 1)
     Path("x.pt").write_bytes(b"x")
     for file in ("x.pt", "none.pt"):
-        with pytest.raises(ModelError, match=file):
+        with pytest.raises(UserError, match=file):
             call("one.png", "--checkpoint", file)

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
+from common.processes import STOP_SIGNALS, ignore_stop_signals
 from training import preemption
-from training.preemption import STOP_SIGNALS, StopRequest, ignore_stop_signals
+from training.preemption import StopRequest
 
 
 @pytest.fixture(autouse=True)

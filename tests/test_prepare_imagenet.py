@@ -16,12 +16,11 @@ import pytest
 import torchvision.datasets.imagenet as official
 from PIL import Image
 
-from data import DataError
+from common.errors import UserError
 from data.ilsvrc import shortfall
 from data.ilsvrc_labels import read_val_labels
 from data.imagenet import load_imagenet
 from tools.prepare_imagenet import locked, main, parse_args
-from training.command_line import UsageError
 
 REPO = Path(__file__).resolve().parents[1]
 # In the order of ILSVRC2012_ID, which is not the alphabet's.
@@ -253,7 +252,7 @@ def test_flat_val_with_ground_truth_and_a_list_in_the_devkits_order():
     assert contents() == expected()
     shutil.rmtree("out")
     Path("src/map_clsloc.txt").unlink()
-    with pytest.raises(DataError, match="devkit's order.*found: LOC_synset_mapping.txt"):
+    with pytest.raises(UserError, match="devkit's order.*found: LOC_synset_mapping.txt"):
         prepare()
     assert not Path("out").exists()
 
@@ -337,9 +336,9 @@ def test_subset_by_file_and_what_is_refused():
         ("0", "3 classes"),
         ("nowhere.txt", "neither a number nor a file"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             prepare("--subset", subset)
-    with pytest.raises(DataError, match="not one of the classes to prepare.*empty --out"):
+    with pytest.raises(UserError, match="not one of the classes to prepare.*empty --out"):
         prepare("--subset", "1")
 
 
@@ -417,7 +416,7 @@ def test_folders_that_only_look_finished_are_named_and_left_alone(harm):
     prepare()
     harm(Path("out/train/n02100735"))
     before = contents()
-    with pytest.raises(DataError, match="out/train/n02100735: remove these folders"):
+    with pytest.raises(UserError, match="out/train/n02100735: remove these folders"):
         prepare()
     assert contents() == before
     shutil.rmtree("out/train/n02100735")
@@ -427,7 +426,7 @@ def test_folders_that_only_look_finished_are_named_and_left_alone(harm):
 
 def test_two_runs_do_not_write_one_tree():
     write_tree()
-    with locked(Path("out")), pytest.raises(DataError, match="another process is preparing out"):
+    with locked(Path("out")), pytest.raises(UserError, match="another process is preparing out"):
         prepare()
     prepare()
 
@@ -437,7 +436,7 @@ def test_two_runs_do_not_write_one_tree():
 
 def test_archives_of_the_official_names_need_the_official_checksums(monkeypatch):
     train, _, _ = write_train_tar(), write_val_tar(), write_valprep()
-    with pytest.raises(DataError, match="ILSVRC2012_img_train.tar has MD5.*--no_checksum"):
+    with pytest.raises(UserError, match="ILSVRC2012_img_train.tar has MD5.*--no_checksum"):
         prepare(checksum=True)
     assert contents() == {}
     for key in ("train", "val"):
@@ -470,7 +469,7 @@ def evil(kind: str) -> bytes:
 def test_hostile_members_are_refused_before_anything_of_the_class_is_written(kind):
     write_tree()
     write("src/train/n02119789.tar", evil(kind))
-    with pytest.raises(DataError, match="src/train/n02119789.tar holds.*nothing of it was extr"):
+    with pytest.raises(UserError, match="src/train/n02119789.tar holds.*nothing of it was extr"):
         prepare()
     assert not any("n02119789" in name for name in contents() if name.startswith("train"))
 
@@ -481,12 +480,12 @@ def test_cut_off_archives_are_never_taken_for_shorter_ones(cut):
     first = 512 + 512 * -(-len(image("n02119789_0.JPEG")) // 512)  # its header and its blocks
     length = {"in a file": first - 600, "between files": first, "in a header": first + 100}[cut]
     write("src/train/n02119789.tar", class_tar("n02119789")[:length])
-    with pytest.raises(DataError, match="n02119789.tar is (cut off|damaged).*again"):
+    with pytest.raises(UserError, match="n02119789.tar is (cut off|damaged).*again"):
         prepare()
     assert not Path("out/train/n02119789").exists()
     whole = write_train_tar()
     whole.write_bytes(whole.read_bytes()[:-30_000])
-    with pytest.raises(DataError, match="ILSVRC2012_img_train.tar is (cut off|damaged).*again"):
+    with pytest.raises(UserError, match="ILSVRC2012_img_train.tar is (cut off|damaged).*again"):
         prepare()
 
 
@@ -494,7 +493,7 @@ def test_too_little_space_is_said_before_anything_is_written(monkeypatch):
     write_train_tar(), write_val_tar(), write_valprep()
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    with pytest.raises(DataError, match="needs 0.0 GB.*choose another disk"):
+    with pytest.raises(UserError, match="needs 0.0 GB.*choose another disk"):
         prepare()
     assert contents() == {}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
@@ -502,7 +501,7 @@ def test_too_little_space_is_said_before_anything_is_written(monkeypatch):
     write_tree()
     prepare()  # links need none
     shutil.rmtree("out")
-    with pytest.raises(DataError, match="choose another disk"):
+    with pytest.raises(UserError, match="choose another disk"):
         prepare("--copy")
 
 
@@ -550,7 +549,7 @@ def test_wrong_sources_get_one_line_before_anything_is_written(harm, message):
     write_flat_val("src/val")
     write_valprep()
     harm()
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         prepare()
     assert "\n" not in str(caught.value) and not Path("out").exists()
 
@@ -560,14 +559,14 @@ def test_damaged_devkit_and_missing_scipy(monkeypatch):
     kit = write_devkit_tar()
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "scipy.io", None)
-        with pytest.raises(DataError, match="needs scipy: pip install scipy .or put valprep.sh"):
+        with pytest.raises(UserError, match="needs scipy: pip install scipy .or put valprep.sh"):
             prepare()
         write_valprep()
         prepare()  # which needs none
         assert contents() == expected()
     Path("src/valprep.sh").unlink()
     kit.write_bytes(kit.read_bytes()[:-200])
-    with pytest.raises(DataError, match="cannot be read as the devkit.*download it again"):
+    with pytest.raises(UserError, match="cannot be read as the devkit.*download it again"):
         read_val_labels(kit.parent, kit.parent / "val")
 
 
@@ -576,7 +575,7 @@ def test_ground_truth_that_counts_beyond_the_classes():
     for name, content in devkit_files().items():
         write(f"src/data/{Path(name).name}", content)
     write("src/data/ILSVRC2012_validation_ground_truth.txt", "1\n2\n4\n")  # 4: canine, no class
-    with pytest.raises(DataError, match="4 is not the number of one of the 3 classes"):
+    with pytest.raises(UserError, match="4 is not the number of one of the 3 classes"):
         prepare()
 
 
@@ -586,7 +585,7 @@ def test_the_source_is_never_written_into():
     write_valprep()
     before = contents("src")
     for out in ("src/ILSVRC/Data/CLS-LOC", "src/ILSVRC/Data/CLS-LOC/val"):
-        with pytest.raises(DataError, match="would change the downloads"):
+        with pytest.raises(UserError, match="would change the downloads"):
             prepare("--out", out)
     assert contents("src") == before
 
@@ -655,5 +654,5 @@ def test_the_command_line_says_one_line_and_exits_2():
         (["--out", "x", "--verify", "--copy"], "need --source"),
         (["--out", "x", "--verify", "--workers", "0"], "at least 1"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(UserError, match=message):
             parse_args(flags)

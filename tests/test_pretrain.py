@@ -13,12 +13,11 @@ import pytest
 import torch
 
 import pretrain_imagenet
+from common.errors import Preempted, UserError
 from data.synthetic import write_imagenet_tree
 from models import build_model
-from training import RunError
 from training.checkpoint import load_checkpoint
 from training.distributed import World
-from training.loop import Preempted
 from training.preemption import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,25 +194,25 @@ def test_seed_matters(tree):
 )
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(tree, flags):
     pretrain(tree, epochs=1)
-    with pytest.raises(RunError, match=f"{flags[0].replace('-size', '_size')} .*contradicts"):
+    with pytest.raises(UserError, match=f"{flags[0].replace('-size', '_size')} .*contradicts"):
         resume(tree, *flags)
     resume(tree, "--batch_size", "4", "--lr", "0.1")  # the same values are no contradiction
 
 
 def test_precision_belongs_to_the_run(tree):
     pretrain(tree, "--no_amp", epochs=1)
-    with pytest.raises(RunError, match="--amp .*contradicts .*fp32"):
+    with pytest.raises(UserError, match="--amp .*contradicts .*fp32"):
         resume(tree, "--amp")
     resume(tree, "--epochs", "2")
     assert load_checkpoint(Path("checkpoints/latest.pt"))[0]["config"]["precision"] == "fp32"
 
 
 def test_resume_of_nothing_and_of_what_is_no_checkpoint(tree):
-    with pytest.raises(RunError, match="checkpoints/latest.pt: no such file"):
+    with pytest.raises(UserError, match="checkpoints/latest.pt: no such file"):
         resume(tree)
     assert not Path("checkpoints").exists()
     pretrain(tree, epochs=1)
-    with pytest.raises(RunError, match="weights file"):
+    with pytest.raises(UserError, match="weights file"):
         pretrain_imagenet.main(
             ["--data_dir", str(tree), "--resume", "weights/resnet18_imagenet.pt"]
         )
@@ -225,7 +224,7 @@ def test_resume_after_images_were_exchanged_is_refused(tree):
     pretrain(tree, epochs=1)
     path = next(path for path in (tree / "train").glob("*/*"))
     path.rename(path.with_name(f"other{path.suffix}"))
-    with pytest.raises(RunError, match="18 training images; .* of other names"):
+    with pytest.raises(UserError, match="18 training images; .* of other names"):
         resume(tree, "--epochs", "2")
 
 
@@ -238,7 +237,7 @@ def test_ranks_that_read_different_checkpoints_do_not_start(tree, monkeypatch):
     monkeypatch.setattr(
         pretrain_imagenet, "start_processes", lambda: Two(0, 1, 0, 1, torch.device("cpu"))
     )
-    with pytest.raises(RunError, match="ranks have read different states"):
+    with pytest.raises(UserError, match="ranks have read different states"):
         resume(tree, "--epochs", "2")
 
 
@@ -257,14 +256,14 @@ def test_resume_on_other_data_is_refused(tree, tmp_path):
     write_imagenet_tree(
         tmp_path / "more", train_per_class=7, val_per_class=3, size=40, seed=0, num_classes=3
     )
-    with pytest.raises(RunError, match="3 classes and 21 training images; .* 3 classes and 18"):
+    with pytest.raises(UserError, match="3 classes and 21 training images; .* 3 classes and 18"):
         resume(tmp_path / "more")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tree, capsys):
     pretrain(tree, epochs=1)
     latest = Path("checkpoints/latest.pt").read_bytes()
-    with pytest.raises(RunError, match="holds a run"):
+    with pytest.raises(UserError, match="holds a run"):
         pretrain(tree, epochs=1)
     assert Path("checkpoints/latest.pt").read_bytes() == latest
     pretrain(tree, "--overwrite", epochs=1, seed=1)

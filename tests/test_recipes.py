@@ -11,15 +11,13 @@ import torch
 from torch import nn
 
 import pretrain_imagenet
-from data import DataError
+from common.errors import Preempted, UserError
 from data.sampling import seeded
 from data.synthetic import write_imagenet_tree
 from data.transforms import IMAGENET_MEAN, EvalTransform, make_augmentation
 from models import build_model
 from models.resnet import Block, set_stochastic_depth
-from training import RunError
 from training.engine import binary_cross_entropy
-from training.loop import Preempted
 from training.optim import OPTIMIZERS, make_schedule, warmup_steps
 from training.preemption import StopRequest
 from training.recipes import FLAGS, RECIPES, in_words
@@ -159,9 +157,9 @@ def test_a1_draws_nothing_for_the_device_but_its_mixing(timm):
 def test_without_timm_it_is_said_what_to_install(monkeypatch):
     for module in ("timm.optim", "timm.data.auto_augment"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RunError, match="LAMB is timm's .*: pip install timm"):
+    with pytest.raises(UserError, match="LAMB is timm's .*: pip install timm"):
         OPTIMIZERS["lamb"](nn.Linear(2, 2), lr=1.0, weight_decay=0.0)
-    with pytest.raises(DataError, match="RandAugment rand-m7-.* is timm's .*: pip install timm"):
+    with pytest.raises(UserError, match="RandAugment rand-m7-.* is timm's .*: pip install timm"):
         make_augmentation(A1, size=32, seed=0, num_classes=3)
 
 
@@ -237,7 +235,7 @@ def test_an_interrupted_a1_goes_on_to_the_same_bits(pretrain, monkeypatch, capsy
     monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(polls) == 1)
     with pytest.raises(Preempted, match="epoch 1 step 1"):
         pretrain(*NEW)
-    with pytest.raises(RunError, match="--recipe guide contradicts .* was made with a1"):
+    with pytest.raises(UserError, match="--recipe guide contradicts .* was made with a1"):
         pretrain(*RESUME, "--recipe", "guide")
     pretrain(*RESUME)
     resumed, whole = weights("weights"), weights("whole")
@@ -251,7 +249,7 @@ def test_flags_override_the_table_and_micro_batches_fill_the_step(pretrain, caps
     printed = capsys.readouterr().out
     assert "recipe a1: epochs 1; batch_size 2; global_batch 8; optimizer lamb; lr 0.003" in printed
     assert "global batch 8 (4 × 2), lr 0.003, 1 epochs of 2 steps" in printed
-    with pytest.raises(RunError, match="--batch_size 3 does not divide the 8 images of a step"):
+    with pytest.raises(UserError, match="--batch_size 3 does not divide the 8 images of a step"):
         pretrain(*NEW, "--batch_size", "3", "--checkpoint_dir", "other")
     assert not Path("other").exists()
 
@@ -263,5 +261,5 @@ def test_a_checkpoint_from_before_recipes_had_names_is_of_the_guide(pretrain):
         del state["config"][name]
     torch.save(state, "checkpoints/latest.pt")
     pretrain(*RESUME, "--epochs", "2")
-    with pytest.raises(RunError, match="--recipe a1 contradicts .* was made with guide"):
+    with pytest.raises(UserError, match="--recipe a1 contradicts .* was made with guide"):
         pretrain(*RESUME, "--recipe", "a1")

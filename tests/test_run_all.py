@@ -15,13 +15,11 @@ import torch
 
 import run_all
 import train
-from data import DataError
+from common.cli import run
+from common.errors import UserError
+from common.processes import STOP_SIGNALS
 from data.synthetic import write_dtd
-from models import ModelError
 from sweeps.launching import in_use
-from sweeps.results import SweepError
-from training.command_line import run
-from training.preemption import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE, TWO = "dtd_fold1_resnet18_seed42", "dtd_fold2_resnet18_seed42"
@@ -67,7 +65,7 @@ def flags(run_dir, *more, models="resnet18", epochs=1) -> list[str]:
 
 def call(*argv: str) -> int:
     with pytest.raises(SystemExit) as left:
-        run(lambda: run_all.main(list(argv)), DataError, ModelError, SweepError)
+        run(lambda: run_all.main(list(argv)), UserError, UserError, UserError)
     return left.value.code
 
 

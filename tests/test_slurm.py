@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 
+from common.errors import UserError
 from data.synthetic import write_dtd
 from sweeps import slurm
 from sweeps.launching import Cell
-from sweeps.results import SweepError
 from sweeps.slurm import CellJob, submit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_a_job_runs_until_its_cell_is_finished(tmp_path, monkeypatch, code, star
     ("code", "starts"), [("print('oh'); sys.exit(1)", 2), ("print('oh'); sys.exit(2)", 1)]
 )
 def test_a_job_fails_with_the_last_lines(tmp_path, code, starts):
-    with pytest.raises(SweepError, match=r"exit code [12]; its output ends with[^$]*\$[^$]*oh"):
+    with pytest.raises(UserError, match=r"exit code [12]; its output ends with[^$]*\$[^$]*oh"):
         job(tmp_path, code)()
     assert (tmp_path / "starts").stat().st_size == starts
 
@@ -93,10 +93,10 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     wanted = {"minutes": 60, "partition": None, "gpus": 0, "cpus": 1, "at_once": None}
     pytest.importorskip("submitit", reason="pip install submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SweepError, match="srun"):
+    with pytest.raises(UserError, match="srun"):
         submit([Cell(tmp_path, ["true"])], tmp_path / "logs", **wanted)
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(SweepError, match="pip install submitit"):
+    with pytest.raises(UserError, match="pip install submitit"):
         submit([Cell(tmp_path, ["true"])], tmp_path / "logs", **wanted)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import DataError
+from common.errors import UserError
 from data.synthetic import PATTERNS, draw, write_dtd, write_imagenet_tree
 
 
@@ -69,7 +69,7 @@ def test_writing_again_is_allowed_but_leftovers_of_a_larger_set_are_not(tmp_path
     before = read_all(tmp_path)
     write_small_tree(tmp_path)
     assert read_all(tmp_path) == before
-    with pytest.raises(DataError, match=r"banded: holds other files \(banded_00003.JPEG\)"):
+    with pytest.raises(UserError, match=r"banded: holds other files \(banded_00003.JPEG\)"):
         write_small_tree(tmp_path, train_per_class=2)
 
 
@@ -83,18 +83,18 @@ def test_writing_again_is_allowed_but_leftovers_of_a_larger_set_are_not(tmp_path
     ],
 )
 def test_impossible_requests_are_refused(tmp_path, change, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         write_small_tree(tmp_path, **change)
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "train").touch()
-    with pytest.raises(DataError, match=r"train/banded: cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"train/banded: cannot be written \(Not a directory\)"):
         write_small_tree(tmp_path)
 
 
 def test_fewer_than_three_images_a_class_make_no_thirds(tmp_path):
-    with pytest.raises(DataError, match="images_per_class 2"):
+    with pytest.raises(UserError, match="images_per_class 2"):
         write_dtd(tmp_path, images_per_class=2, folds=1, size=24, seed=5)
 
 

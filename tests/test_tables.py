@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from common.errors import UserError
 from sweeps.grid import read_sweep
-from sweeps.results import SweepError
 from sweeps.rows import footnotes, make_rows, pick_baseline
 from sweeps.tables import latex, to_latex, write_tables
 
@@ -165,19 +165,19 @@ def test_results_that_cannot_be_counted_are_told(tmp_path, content, told):
 
 
 def test_clear_errors(tmp_path):
-    with pytest.raises(SweepError, match="is not a folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         read_sweep(tmp_path / "none")
-    with pytest.raises(SweepError, match="holds no run folder"):
+    with pytest.raises(UserError, match="holds no run folder"):
         read_sweep(tmp_path)
     write_pair(tmp_path)
-    with pytest.raises(SweepError, match="--baseline vgg is not in .*resnet18, twistnet18"):
+    with pytest.raises(UserError, match="--baseline vgg is not in .*resnet18, twistnet18"):
         pick_baseline(read_sweep(tmp_path), "vgg")
     write_run(tmp_path, "resnet18", 1, 42, 60.0, dataset="folder")
-    with pytest.raises(SweepError, match="dtd, folder: choose with --dataset"):
+    with pytest.raises(UserError, match="dtd, folder: choose with --dataset"):
         read_sweep(tmp_path)
     assert len(read_sweep(tmp_path, dataset="folder").runs) == 1
     (tmp_path / "sweep.json").write_text('{"models": 3}')
-    with pytest.raises(SweepError, match="sweep.json cannot be read"):
+    with pytest.raises(UserError, match="sweep.json cannot be read"):
         read_sweep(tmp_path)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import DTD
 
-from data import DataError
+from common.errors import UserError
 from data.synthetic import write_dtd
 from data.textures import DATASETS, download_dtd, fingerprint, load_splits
 
@@ -86,13 +86,13 @@ def test_fingerprint_tells_folds_labels_classes_and_files_apart(dtd):
 
 @pytest.mark.parametrize("fold", [0, 3, 11])
 def test_dtd_fold_that_does_not_exist(dtd, fold):
-    with pytest.raises(DataError, match=rf"--fold {fold}: .*labels \(1-2\)$"):
+    with pytest.raises(UserError, match=rf"--fold {fold}: .*labels \(1-2\)$"):
         load_splits("dtd", dtd, fold)
 
 
 def test_dtd_fold_with_a_label_file_missing_is_no_fold(dtd):
     (dtd / "labels" / "val1.txt").unlink()
-    with pytest.raises(DataError, match=r"labels \(2\)$"):
+    with pytest.raises(UserError, match=r"labels \(2\)$"):
         load_splits("dtd", dtd, 1)
     assert len(load_splits("dtd", dtd, 2).val) == 4
 
@@ -109,7 +109,7 @@ def test_dtd_fold_with_a_label_file_missing_is_no_fold(dtd):
 )
 def test_dtd_label_lines_that_are_refused(dtd, split, line, message):
     replace_line(dtd / "labels" / f"{split}1.txt", 2, line)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_splits("dtd", dtd, 1)
     assert "\n" not in str(caught.value)
 
@@ -117,32 +117,32 @@ def test_dtd_label_lines_that_are_refused(dtd, split, line, message):
 def test_dtd_image_in_two_splits(dtd):
     first = (dtd / "labels" / "train1.txt").read_text().split()[0]
     replace_line(dtd / "labels" / "test1.txt", 3, first)
-    with pytest.raises(DataError, match=rf"test1.txt:3: {first} is already in .*train1.txt:1$"):
+    with pytest.raises(UserError, match=rf"test1.txt:3: {first} is already in .*train1.txt:1$"):
         load_splits("dtd", dtd, 1)
 
 
 def test_dtd_empty_split_and_binary_label_file(dtd):
     (dtd / "labels" / "val1.txt").write_text("\n\n")
-    with pytest.raises(DataError, match=r"val1.txt: names no image"):
+    with pytest.raises(UserError, match=r"val1.txt: names no image"):
         load_splits("dtd", dtd, 1)
     (dtd / "labels" / "val1.txt").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(DataError, match=r"val1.txt: is not a text file"):
+    with pytest.raises(UserError, match=r"val1.txt: is not a text file"):
         load_splits("dtd", dtd, 1)
 
 
 def test_dtd_class_that_training_does_not_know(dtd):
     train = dtd / "labels" / "train1.txt"
     train.write_text("".join(f"{x}\n" for x in train.read_text().split() if "banded" in x))
-    with pytest.raises(DataError, match=r"val1.txt:3: no image of class blotchy is in train1.txt"):
+    with pytest.raises(UserError, match=r"val1.txt:3: no image of class blotchy is in train1.txt"):
         load_splits("dtd", dtd, 1)
 
 
 def test_places_that_hold_no_data(tmp_path):
-    with pytest.raises(DataError, match=r"absent: no such folder.*--download"):
+    with pytest.raises(UserError, match=r"absent: no such folder.*--download"):
         load_splits("dtd", tmp_path / "absent", 1)
-    with pytest.raises(DataError, match=r"no DTD here \(images, labels looked for"):
+    with pytest.raises(UserError, match=r"no DTD here \(images, labels looked for"):
         load_splits("dtd", tmp_path, 1)
-    with pytest.raises(DataError, match=r"--dataset dtb: unknown; there are dtd, folder, fmd"):
+    with pytest.raises(UserError, match=r"--dataset dtb: unknown; there are dtd, folder, fmd"):
         load_splits("dtb", tmp_path, 1)
 
 
@@ -150,14 +150,14 @@ def test_system_errors_end_in_one_line(dtd, monkeypatch):
     path = dtd / "labels" / "val1.txt"
     path.unlink()
     path.mkdir()
-    with pytest.raises(DataError, match=r"val1.txt: Is a directory"):
+    with pytest.raises(UserError, match=r"val1.txt: Is a directory"):
         load_splits("dtd", dtd, 1)
 
     def refuse(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr("pathlib.Path.read_text", refuse)
-    with pytest.raises(DataError, match=r"train1.txt: no permission$"):
+    with pytest.raises(UserError, match=r"train1.txt: no permission$"):
         load_splits("dtd", dtd, 1)
 
 
@@ -212,15 +212,15 @@ def test_folder_leaves_out_what_is_no_image_of_a_class(tmp_path):
 
 def test_folders_that_are_refused(tmp_path):
     few = make_folder(tmp_path / "few", {"a": 3, "b": 2})
-    with pytest.raises(DataError, match=r"few/b: 2 images; a class needs at least 3"):
+    with pytest.raises(UserError, match=r"few/b: 2 images; a class needs at least 3"):
         load_splits("folder", few, 1)
     one = make_folder(tmp_path / "one", {"a": 3})
-    with pytest.raises(DataError, match="at least two class folders, holds 1"):
+    with pytest.raises(UserError, match="at least two class folders, holds 1"):
         load_splits("folder", one, 1)
     tree = make_folder(tmp_path / "tree", {"train": 3, "val": 3})
-    with pytest.raises(DataError, match="train, val are splits, not classes"):
+    with pytest.raises(UserError, match="train, val are splits, not classes"):
         load_splits("folder", tree, 1)
-    with pytest.raises(DataError, match=r"--fold 4: .* --num_folds 3 \(1-3\)"):
+    with pytest.raises(UserError, match=r"--fold 4: .* --num_folds 3 \(1-3\)"):
         load_splits("folder", few, 4, num_folds=3)
 
 
@@ -263,10 +263,10 @@ def test_download_is_found_by_the_same_data_dir(dtd, archive, tmp_path, folder):
 def test_download_that_fails_leaves_nothing_behind(archive, tmp_path, monkeypatch):
     target = tmp_path / "fresh" / "dtd"
     monkeypatch.setattr(DTD, "_MD5", "0" * 32)
-    with pytest.raises(DataError, match="--download: DTD could not be fetched") as caught:
+    with pytest.raises(UserError, match="--download: DTD could not be fetched") as caught:
         download_dtd(target)
     assert "\n" not in str(caught.value)
     archive.unlink()
-    with pytest.raises(DataError, match="--download: DTD could not be fetched"):
+    with pytest.raises(UserError, match="--download: DTD could not be fetched"):
         download_dtd(target)
     assert list(target.iterdir()) == []

@@ -9,12 +9,10 @@ import pytest
 import torch
 
 import train
-from data import DataError
+from common.errors import Preempted, UserError
 from data.synthetic import write_dtd
-from models import ModelError, build_model
-from training import RunError
+from models import build_model
 from training.engine import Score
-from training.loop import Preempted
 from training.preemption import StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +142,7 @@ def test_the_tested_epoch_is_the_one_that_is_reported(dtd, monkeypatch):
         torch.save({**state, "rows": [*state["rows"], {}]}, RUN / "best.pt")
 
     monkeypatch.setattr(train.Run, "fit", with_an_old_best)
-    with pytest.raises(RunError, match="best.pt is not the run's best epoch"):
+    with pytest.raises(UserError, match="best.pt is not the run's best epoch"):
         fine_tune(dtd)
     assert not (RUN / "results.json").exists()
 
@@ -154,15 +152,15 @@ def test_a_run_keeps_the_precision_it_was_begun_with(dtd, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     fine_tune(dtd, epochs=1)  # as on a machine with another default
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(RunError, match="precision fp32 → bf16"):
+    with pytest.raises(UserError, match="precision fp32 → bf16"):
         fine_tune(dtd, "--amp", epochs=1)
 
 
 def test_other_settings_are_named_and_overwrite_moves_the_old_run(dtd):
     fine_tune(dtd, epochs=1)
-    with pytest.raises(RunError, match="epochs 1 → 2"):
+    with pytest.raises(UserError, match="epochs 1 → 2"):
         fine_tune(dtd)
-    with pytest.raises(RunError, match="lr 0.01 → 0.02"):
+    with pytest.raises(UserError, match="lr 0.01 → 0.02"):
         fine_tune(dtd, epochs=1, lr=0.02)
     fine_tune(dtd, "--overwrite")
     assert results()["epochs"] == 2
@@ -191,17 +189,17 @@ def test_pretrained_weights_are_found_and_part_of_the_settings(dtd, capsys):
         pretrained="elsewhere/twistnet18_imagenet.pt",
     )
     save_weights("twistnet18", classes=6, path="other.pt")
-    with pytest.raises(RunError, match="weights"):
+    with pytest.raises(UserError, match="weights"):
         fine_tune(dtd, model="twistnet18", epochs=1, pretrained="other.pt")
 
 
 @pytest.mark.parametrize(
     "named, error, message",
     [
-        ({"fold": 3}, DataError, "fold 3"),
-        ({"dataset": "folder"}, DataError, "needs at least 3"),
-        ({"data_dir": "nowhere"}, DataError, "nowhere"),
-        ({"pretrained": "nowhere.pt"}, ModelError, "nowhere.pt"),
+        ({"fold": 3}, UserError, "fold 3"),
+        ({"dataset": "folder"}, UserError, "needs at least 3"),
+        ({"data_dir": "nowhere"}, UserError, "nowhere"),
+        ({"pretrained": "nowhere.pt"}, UserError, "nowhere.pt"),
     ],
 )
 def test_bad_input_stops_before_training(dtd, named, error, message):
@@ -214,7 +212,7 @@ def test_weights_that_do_not_fit_stop_before_training(dtd):
     save_weights("seresnet18", path="other.pt")
     save_weights("resnet18", path="nan.pt", spoil="layer4.1.bn2.running_var")
     for path, message in (("other.pt", "other.pt"), ("nan.pt", "layer4.1.bn2.running_var")):
-        with pytest.raises(ModelError, match=message):
+        with pytest.raises(UserError, match=message):
             fine_tune(dtd, pretrained=path)
     assert not list(Path().glob("runs/*/latest.pt"))
 
@@ -238,10 +236,10 @@ def test_a_broken_test_image_is_never_left_out(dtd, tmp_path):
     name = (copy / "labels/test1.txt").read_text().split()[0]
     whole = (copy / "images" / name).read_bytes()
     (copy / "images" / name).write_bytes(b"")
-    with pytest.raises(DataError, match=name):  # a quick look tells
+    with pytest.raises(UserError, match=name):  # a quick look tells
         fine_tune(copy)
     (copy / "images" / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RunError, match=name):  # only decoding tells
+    with pytest.raises(UserError, match=name):  # only decoding tells
         fine_tune(copy)
     assert not (RUN / "results.json").exists()
     (copy / "images" / name).write_bytes(whole)

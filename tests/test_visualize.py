@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from data.images import read_rgb
 from data.transforms import EvalTransform, normalise
-from models import ModelError, build_model
+from models import build_model
 from models.insight import channel_names, look_inside, view
 from models.stci import STCI, direction_kernels
 from tools import visualize
@@ -217,5 +218,5 @@ def test_an_output_folder_that_cannot_be_made_is_one_line():
 
 
 def test_no_model_error_escapes_its_class():
-    with pytest.raises(ModelError):
+    with pytest.raises(UserError):
         look_inside(build_model("seresnet18", 2, "none"), torch.randn(1, 3, 64, 64))

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torchvision.models import ResNet18_Weights
 
-from models import MODELS, ModelError, build_model, weights
+from common.errors import UserError
+from models import MODELS, build_model, weights
 from models.weights import find_weights, load_trained, weights_identity
 
 CLASSES = 10
@@ -200,13 +201,13 @@ def test_torchvisions_weights_for_seresnet18_leave_se_new(states, elsewhere, cap
 
 def test_a_wrong_file_in_torchvisions_place_is_refused(states, elsewhere):
     torchvision_cache(elsewhere, dict(list(states("resnet18").items())[:50]))
-    with torch.device("meta"), pytest.raises(ModelError, match="resnet18-.* is no ResNet-18"):
+    with torch.device("meta"), pytest.raises(UserError, match="resnet18-.* is no ResNet-18"):
         build_model("twistnet18", 3)
 
 
 def test_a_head_is_not_kept_on_a_part(states):
     save(states("twistnet18"))
-    with torch.device("meta"), pytest.raises(ModelError, match="it holds twistnet18"):
+    with torch.device("meta"), pytest.raises(UserError, match="it holds twistnet18"):
         build_model("twistnet18_no_ais", CLASSES, keep_head=True)
 
 
@@ -237,7 +238,7 @@ def test_the_fallback_takes_the_early_layers_and_warns(name, states, elsewhere, 
 
 def test_no_weights_and_no_network_is_one_clear_error(elsewhere):
     for name in MODELS:
-        with torch.device("meta"), pytest.raises(ModelError) as error:
+        with torch.device("meta"), pytest.raises(UserError) as error:
             build_model(name, 10)
         message = str(error.value)
         assert f"weights/{name}_imagenet.pt" in message
@@ -258,7 +259,7 @@ def test_the_classifier_starts_new_unless_it_is_kept(states):
     save(state, "r.pt")
     assert not same(build_model("resnet18", CLASSES, "r.pt"), state, ["fc.weight"])
     assert same(build_model("resnet18", CLASSES, "r.pt", keep_head=True), state, list(state))
-    with pytest.raises(ModelError, match=r"r.pt: fc.weight is \(10, 512\).*\(11, 512\)"):
+    with pytest.raises(UserError, match=r"r.pt: fc.weight is \(10, 512\).*\(11, 512\)"):
         build_model("resnet18", 11, "r.pt", keep_head=True)
     assert build_model("resnet18", 0, "r.pt").weights_origin["tensors_loaded"] == 120
 
@@ -283,7 +284,7 @@ def test_wrapped_files_are_opened(prefix, key, states):
 def refused(path, name="twistnet18"):
     with torch.device("meta"):
         model = MODELS[name](CLASSES)  # it is refused before anything is written to it
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(UserError) as error:
         weights.load_pretrained(model, name, str(path), keep_head=False)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
@@ -308,7 +309,7 @@ def test_a_file_that_carries_code_is_refused_and_runs_nothing(evil, old_format, 
     Path("evil.pt").write_bytes(pickle.dumps(evil(), protocol=2))
     refused("evil.pt")
     for load in (load_trained, lambda path: build_model("resnet18", 10, path, keep_head=True)):
-        with pytest.raises(ModelError):
+        with pytest.raises(UserError):
             load("evil.pt")
     assert not Path("was_run").exists()
 
@@ -340,7 +341,7 @@ def test_files_without_a_state_dict_are_refused():
 def test_a_path_that_is_not_there_is_refused():
     for path in ("nothing.pt", "weights"):
         assert "--pretrained" in refused(path)
-        with pytest.raises(ModelError):
+        with pytest.raises(UserError):
             weights_identity("resnet18", path)
 
 
@@ -476,8 +477,8 @@ def test_load_trained_reads_the_record_of_plain_weights(states, capsys):
 def test_load_trained_wants_a_classifier(states):
     state = {k: x for k, x in states("resnet18").items() if not k.startswith("fc.")}
     save(state, "body.pt")
-    with pytest.raises(ModelError, match="no classifier"):
+    with pytest.raises(UserError, match="no classifier"):
         load_trained("body.pt")
     save({"something.weight": torch.ones(3)}, "other.pt")
-    with pytest.raises(ModelError, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         load_trained("other.pt")

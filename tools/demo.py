@@ -13,16 +13,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.cli import Parser, run
+from common.errors import UserError
 from data.synthetic import write_dtd, write_imagenet_tree
-from training.command_line import Parser, run
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("resnet18", "twistnet18")
 SIZE, CLASSES = 64, 8
-
-
-class DemoFailed(Exception):
-    """One of the demo's commands failed; it has said why."""
 
 
 def call(command: list[str], folder: Path) -> None:
@@ -31,7 +28,7 @@ def call(command: list[str], folder: Path) -> None:
     print(f"\n$ cd {folder} && {shlex.join(['python', script, *command[1:]])}", flush=True)
     env = {**os.environ, "TWISTNET_LAUNCHER": str(os.getpid())}  # ends when this process does
     if subprocess.run([sys.executable, script, *command[1:]], cwd=folder, env=env).returncode:
-        raise DemoFailed(f"{command[0]} failed: its message stands above")
+        raise UserError(f"{command[0]} failed: its message stands above")
 
 
 def main() -> None:
@@ -117,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, DemoFailed)
+    run(main)

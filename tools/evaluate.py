@@ -14,19 +14,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import DataError
+from common.cli import Parser, add_amp_flags, at_least, run
+from common.errors import UserError
+from common.files import read_json
+from common.processes import usable_cpus
 from data.imagenet import Source, list_tree, load_imagenet
 from data.images import EvalSet, quick_look
 from data.loading import eval_batches
 from data.splits import fingerprint
 from data.textures import DATASETS, load_splits
 from data.transforms import normalise, trained_transform
-from models import ModelError
 from models.weights import load_trained
-from training.command_line import Parser, UsageError, add_amp_flags, at_least, run
-from training.distributed import World, usable_cpus
+from training.distributed import World
 from training.engine import PRECISIONS, Score, Trainer, choose_precision, evaluate
-from training.record import read_json
 
 
 class FlipAverage(nn.Module):
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     transform = trained_transform(trained, args.img_size)
     transform.resize = args.resize or transform.resize
     if transform.resize < args.img_size:
-        raise UsageError(f"--resize {args.resize} is smaller than the crop of {args.img_size}")
+        raise UserError(f"--resize {args.resize} is smaller than the crop of {args.img_size}")
 
     print(
         f"{about['model']}, {about['num_classes']} classes, from {args.weights}"
@@ -141,11 +141,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_sha256(path: Path, found: str) -> None:
-    """UsageError where the JSON beside the weights is another file's."""
+    """UserError where the JSON beside the weights is another file's."""
     beside = path.with_suffix(".json")
     wanted = (read_json(beside) or {}).get("sha256")
     if wanted not in (None, found):
-        raise UsageError(
+        raise UserError(
             f"{path} has sha256 {found}, {beside} says {wanted}: the weights were "
             "changed or damaged, or the two do not belong together; get both again, "
             "or move the JSON away"
@@ -158,7 +158,7 @@ def settle(args, trained: dict) -> None:
     args.dataset = args.dataset or trained.get("dataset", "imagenet")
     if args.dataset == "imagenet":
         if args.split == "test" or args.fold or args.num_folds:
-            raise UsageError(
+            raise UserError(
                 "--dataset imagenet has neither folds nor a test split: its val/ is scored"
             )
         args.split = "val"
@@ -166,9 +166,9 @@ def settle(args, trained: dict) -> None:
     args.data_dir = args.data_dir or (Path(trained["data_dir"]) if on_run else None)
     args.fold = args.fold or (trained["fold"] if on_run else None)
     if args.data_dir is None:
-        raise UsageError("--data_dir: say where the images lie")
+        raise UserError("--data_dir: say where the images lie")
     if args.dataset != "imagenet" and args.fold is None:
-        raise UsageError(f"--fold: say which fold of {args.dataset}")
+        raise UserError(f"--fold: say which fold of {args.dataset}")
     args.num_folds = args.num_folds or trained.get("num_folds", 10)
     args.img_size = args.img_size or trained.get("img_size", 224)
     # train.py never scores fewer than 32 at a time
@@ -200,12 +200,12 @@ def load_data(args, trained: dict) -> tuple[Source, list[str], str]:
 
 
 def check_classes(about: dict, classes: list[str], data_dir: Path) -> None:
-    """UsageError unless the network's classes are the data's, in the same order."""
+    """UserError unless the network's classes are the data's, in the same order."""
     own = about["classes"]
     if own is None and about["num_classes"] == len(classes):
         print("the file does not name its classes: taken to be the data's, in the same order")
     elif own is None or len(own) != len(classes):
-        raise UsageError(
+        raise UserError(
             f"{about['path']} has {about['num_classes']} classes, the data in "
             f"{data_dir} {len(classes)}"
         )
@@ -216,7 +216,7 @@ def check_classes(about: dict, classes: list[str], data_dir: Path) -> None:
             if sorted(own) == sorted(classes)
             else ("other classes")
         )
-        raise UsageError(
+        raise UserError(
             f"the data in {data_dir} has {order} than {about['path']}: number {i} is "
             f"{classes[i]}, the network's is {own[i]}"
         )
@@ -236,7 +236,7 @@ def test(model: nn.Module, source: Source, transform, args) -> Score:
     trainer = Trainer(model, None, World(0, 1, 0, 1, args.device), args.precision, augment=None)
     score, _ = evaluate(trainer, batches, normalise, rounds=rounds, name_of=source.name)
     if score.unreadable:
-        raise UsageError(
+        raise UserError(
             f"{len(score.unreadable)} images cannot be read, and are never left out: "
             f"restore them: {', '.join(score.unreadable[:5])}"
             + (", …" if len(score.unreadable) > 5 else "")
@@ -270,4 +270,4 @@ def verdict(percent: float, count: int, images: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main, DataError, ModelError)
+    run(main)

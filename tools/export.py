@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.cli import Parser, run
+from common.errors import UserError
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
-from models import ModelError
 from models.weights import load_trained
-from training.command_line import Parser, UsageError, run
 
 TOLERANCE = 1e-4  # of the largest logit; measured: about 1e-6
 INPUT = "float32, B x 3 x H x W, RGB from 0 to 1; normalisation is inside the network"
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             difference = compare(model, read(path), size)
             os.replace(path, args.out)
     except OSError as error:
-        raise UsageError(f"--out {args.out}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from error
     print(
         f"largest difference of a logit: {difference:.1e}\ninput: {INPUT}\nwrote {args.out} "
         f"({about['model']}, {about['num_classes']} classes, trained at {size} px)"
@@ -104,7 +104,7 @@ def need_onnx() -> None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise UsageError(
+            raise UserError(
                 f"ONNX needs {name}: pip install onnx onnxscript onnxruntime, or "
                 "give --out a name that ends in .pt2"
             ) from error
@@ -185,4 +185,4 @@ FORMATS = {".pt2": (write_pt2, read_pt2), ".onnx": (write_onnx, read_onnx)}
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

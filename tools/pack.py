@@ -23,14 +23,12 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from data import DataError
+from common.cli import Parser, at_least, run
+from common.errors import Busy, UserError
+from common.processes import ignore_stop_signals, usable_cpus
 from data.imagenet import load_imagenet
 from data.images import ImageFiles, decode_rgb
 from data.packed import ABOUT, PackedImages, Packing, check_room, discard, held, made, read_about
-from training import BusyError, RunError
-from training.command_line import Parser, at_least, run
-from training.distributed import usable_cpus
-from training.preemption import ignore_stop_signals
 
 
 def make_parser() -> Parser:
@@ -114,7 +112,7 @@ def pack_split(writer, source: ImageFiles, *, split: str, workers: int, make) ->
 
 
 def check_size(out: Path, writers: dict, sources: dict, make) -> None:
-    """DataError where the images that are missing would not fit on the disk."""
+    """UserError where the images that are missing would not fit on the disk."""
     needed = 0.0
     for split, writer in writers.items():
         sample = (
@@ -139,21 +137,21 @@ def listing_key(sources: dict, classes: list[str]) -> str:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.quality > 95:
-        raise RunError("--quality above 95 makes files larger and images hardly better")
+        raise UserError("--quality above 95 makes files larger and images hardly better")
     train, val, classes = load_imagenet(args.data_dir)
     if not isinstance(train, ImageFiles):
-        raise RunError(f"--data_dir {args.data_dir} is packed: give the tree it was made of")
+        raise UserError(f"--data_dir {args.data_dir} is packed: give the tree it was made of")
     if args.out.resolve() == args.data_dir.resolve():
-        raise RunError("--out must be another folder than --data_dir")
+        raise UserError("--out must be another folder than --data_dir")
     sources = {"train": train, "val": val}
     try:
         with held(args.out):
             if not is_packed(args, sources, classes):
                 pack(args, sources, classes)
     except BlockingIOError as error:
-        raise BusyError(f"--out {args.out} is being packed by another process") from error
+        raise Busy(f"--out {args.out} is being packed by another process") from error
     except OSError as error:
-        raise RunError(
+        raise UserError(
             f"--out {args.out} cannot be written ({error.strerror or error}): with "
             "that mended, the same command goes on"
         ) from error
@@ -162,15 +160,15 @@ def main(argv: list[str] | None = None) -> None:
 def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
     """Whether --out holds this pack, whole to the last byte; a damaged one is removed.
 
-    RunError where it holds another one.
+    UserError where it holds another one.
     """
     if not (args.out / ABOUT).is_file():
         return False
     about = read_about(args.out)
     if (about.get("short_side"), about.get("quality")) != (args.short_side, args.quality):
-        raise RunError(f"--out {args.out} holds a pack of other settings: give another folder")
+        raise UserError(f"--out {args.out} holds a pack of other settings: give another folder")
     if about.get("listing") != listing_key(sources, classes):
-        raise RunError(
+        raise UserError(
             f"--out {args.out} holds a pack of other images than --data_dir "
             f"{args.data_dir} has: give another folder"
         )
@@ -185,7 +183,7 @@ def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
                 disable=None,
             ):
                 packed.look(index)
-    except (OSError, DataError) as error:
+    except (OSError, UserError) as error:
         print(f"packing again: {error}", flush=True)
         discard(args.out, sources)
         return False
@@ -243,4 +241,4 @@ def describe(splits: dict) -> str:
 
 
 if __name__ == "__main__":
-    run(main, DataError)
+    run(main)

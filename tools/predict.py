@@ -15,16 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DataError
+from common.cli import Parser, at_least, run
+from common.errors import UserError
+from common.files import write_atomic
+from common.processes import usable_cpus
 from data.images import EvalSet, ImageFiles
 from data.loading import eval_batches
 from data.splits import list_images
 from data.transforms import EvalTransform, normalise, trained_transform
-from models import ModelError
 from models.weights import load_trained
-from training.checkpoint import write_atomic
-from training.command_line import Parser, UsageError, at_least, run
-from training.distributed import usable_cpus
 
 TOP = 5
 
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     files = find_images(args.images)
     if args.csv and not args.csv.resolve().parent.is_dir():
-        raise UsageError(f"--csv {args.csv}: there is no folder {args.csv.parent}")
+        raise UserError(f"--csv {args.csv}: there is no folder {args.csv.parent}")
     model, about = load_trained(args.checkpoint)
     transform = trained_transform(about["config"], args.img_size)
     names = about["classes"] or [f"class {i}" for i in range(about["num_classes"])]
@@ -95,21 +94,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_images(places: list[Path]) -> list[Path]:
-    """The files named, and all images in the folders named; DataError where there are none."""
+    """The files named, and all images in the folders named; UserError where there are none."""
     found = []
     for place in places:
         if place.is_dir():
             try:
                 inside = list_images(place, ".")
             except OSError as error:
-                raise DataError(f"{error.filename}: {error.strerror}") from error
+                raise UserError(f"{error.filename}: {error.strerror}") from error
             if not inside:
-                raise DataError(f"{place}: no images in this folder")
+                raise UserError(f"{place}: no images in this folder")
             found += [place / file for file in inside]
         elif place.exists():
             found.append(place)
         else:
-            raise DataError(f"{place}: no such file or folder")
+            raise UserError(f"{place}: no such file or folder")
     return found
 
 
@@ -156,8 +155,8 @@ def write_csv(path: Path, rows: list[list], top: int) -> None:
     try:
         write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
     except OSError as error:
-        raise UsageError(f"--csv {path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"--csv {path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":
-    run(main, DataError, ModelError)
+    run(main)

@@ -41,12 +41,12 @@ import numpy as np
 from torchvision.datasets.imagenet import ARCHIVE_META
 from tqdm import tqdm
 
-from data import DataError
+from common.cli import Parser, at_least, run
+from common.errors import UserError
 from data.ilsvrc import check_same_classes, choose_subset, find_classes, shortfall
 from data.ilsvrc_classes import ClassSource, is_made, list_images, make_class
 from data.imagenet import load_imagenet
 from data.images import ImageFiles
-from training.command_line import Parser, at_least, run
 
 SPLITS = ("train", "val")
 CHUNK = 256  # images that one process decodes at a time
@@ -112,12 +112,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(1)
         train, val, classes = load_imagenet(args.out)
     except BrokenProcessPool:
-        raise DataError(
+        raise UserError(
             "a worker process was killed (out of memory?): run the same command "
             "again, perhaps with fewer --workers"
         ) from None
     except OSError as error:
-        raise DataError(f"{error}: mend it and run the same command again") from error
+        raise UserError(f"{error}: mend it and run the same command again") from error
     for problem in shortfall(train, val, classes):
         print(f"warning: {problem}", file=sys.stderr)
     print(
@@ -131,7 +131,7 @@ def prepare(
 ) -> None:
     """Make the tree `out` from what `source` holds; goes on where an earlier call was stopped.
 
-    Raises DataError before it writes any image where the source or what lies in `out` is wrong;
+    Raises UserError before it writes any image where the source or what lies in `out` is wrong;
     classes finished before a later error are kept.
     """
     classes, archives = find_classes(source)
@@ -158,14 +158,14 @@ def prepare(
 def verify(out: Path, workers: int) -> bool:
     """Print every image of the tree that does not decode and whatever else is wrong with it.
 
-    -> whether all is well. Raises DataError when `out` is not there.
+    -> whether all is well. Raises UserError when `out` is not there.
     """
     if not out.is_dir():
-        raise DataError(f"--out {out} is not there: prepare it with --source")
+        raise UserError(f"--out {out} is not there: prepare it with --source")
     problems = [f"{part} is unfinished: run with --source again" for part in unfinished(out)]
     try:
         train, val, classes = load_imagenet(out)
-    except DataError as error:
+    except UserError as error:
         problems.append(f"{error}; images not opened")
     else:
         problems += shortfall(train, val, classes)
@@ -192,18 +192,18 @@ def unreadable(images: ImageFiles) -> list[str]:
 
 
 def check_apart(classes: list[ClassSource], out: Path) -> None:
-    """Raise DataError if making `out` would write into the folders that are read."""
+    """Raise UserError if making `out` would write into the folders that are read."""
     for source in classes:
         target, origin = (out / source.split).resolve(), source.path.resolve()
         if origin.is_relative_to(target) or target.is_relative_to(origin):
-            raise DataError(
+            raise UserError(
                 f"--out {out} would change the downloads in {source.path}: choose "
                 "another folder (files are linked, not copied)"
             )
 
 
 def unmade(classes: list[ClassSource], out: Path, workers: int) -> list[ClassSource]:
-    """The classes that `out` does not hold yet. Raises DataError for folders it should not hold.
+    """The classes that `out` does not hold yet. Raises UserError for folders it should not hold.
 
     Folders there are compared with the source file by file, by size: a tar that was interrupted
     or a power cut leave folders that look finished.
@@ -217,14 +217,14 @@ def unmade(classes: list[ClassSource], out: Path, workers: int) -> list[ClassSou
     ]
     foreign = [str(path) for path in there if path not in wanted]
     if foreign:
-        raise DataError(
+        raise UserError(
             f"{foreign[0]} ({len(foreign)} such) is not one of the classes to prepare: "
             "choose an empty --out"
         )
     same = for_each(partial(is_made, out=out), [wanted[p] for p in there], workers, "comparing")
     differing = [str(path) for path, is_same in zip(there, same, strict=True) if not is_same]
     if differing:
-        raise DataError(
+        raise UserError(
             "other images than the source's, or not all of them, are in "
             f"{', '.join(differing)}: remove these folders and run again"
         )
@@ -245,14 +245,14 @@ def check_space(todo: list[ClassSource], out: Path, copy: bool) -> None:
     needed += needed // 50  # the last block of a file is half empty
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise DataError(
+        raise UserError(
             f"--out {out} needs {needed / 1e9:.1f} GB, its disk has "
             f"{free / 1e9:.1f} GB free: choose another disk"
         )
 
 
 def check_md5(archive: Path) -> None:
-    """Compare one of the official archives with the published MD5; DataError when it differs."""
+    """Compare one of the official archives with the published MD5; UserError when it differs."""
     (expected,) = (md5 for name, md5 in ARCHIVE_META.values() if name == archive.name)
     digest = hashlib.md5(usedforsecurity=False)
     with (
@@ -263,7 +263,7 @@ def check_md5(archive: Path) -> None:
             digest.update(block)
             bar.update(len(block))
     if digest.hexdigest() != expected:
-        raise DataError(
+        raise UserError(
             f"{archive} has MD5 {digest.hexdigest()}, the official one {expected}: "
             "download it again, or take it as it is with --no_checksum"
         )
@@ -277,7 +277,7 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another process is preparing {out}: wait for it") from None
+            raise UserError(f"another process is preparing {out}: wait for it") from None
         except OSError:  # a filesystem without locks
             pass
         yield
@@ -323,4 +323,4 @@ def _follow_parent() -> None:
 
 
 if __name__ == "__main__":
-    run(main, DataError)
+    run(main)

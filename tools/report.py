@@ -10,11 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.errors import UserError
 from sweeps.curves import draw_curves, draw_gates, draw_learning
 from sweeps.figures import draw_classes, draw_confusion, draw_paired
 from sweeps.grid import Sweep, read_sweep
 from sweeps.page import build_page
-from sweeps.results import SweepError, read_log, write_atomically
+from sweeps.results import read_log, write_atomic
 from sweeps.rows import Row, best_label, footnotes, make_rows, pick_baseline
 from sweeps.tables import write_table_files
 
@@ -27,14 +28,14 @@ def main() -> int:
             write_curves(args.curves, args.out)
         else:
             write_report(args.run_dir, args.dataset, args.baseline, args.data_dir)
-    except (SweepError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors (training.command_line's would load torch for a table)."""
+    """argparse with one-line errors (common.cli's would load torch for a table)."""
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
@@ -88,7 +89,7 @@ def write_report(
     figures, missing = {}, None
     try:
         figures = draw_figures(sweep, rows, baseline, best)
-    except SweepError as error:
+    except UserError as error:
         missing = f"No figures: {error}"
         print(missing)
     page = build_page(
@@ -101,7 +102,7 @@ def write_report(
         missing=missing,
         data_dir=data_dir,
     )
-    write_atomically(run_dir / "report.html", page)
+    write_atomic(run_dir / "report.html", page)
     for path in (run_dir / "report.html", run_dir / "table.tex", *figures.values()):
         print(f"wrote {path}")
 
@@ -138,7 +139,7 @@ def write_curves(jobs: list[Path], out: Path) -> None:
             else:
                 print(f"{folder}: no epoch in its log.jsonl yet")
     if not logs:
-        raise SweepError(f"no epoch yet in {', '.join(map(str, jobs))}: nothing to draw")
+        raise UserError(f"no epoch yet in {', '.join(map(str, jobs))}: nothing to draw")
     draw_curves(out, logs)
     print(f"wrote {out}")
 
@@ -147,7 +148,7 @@ def log_folders(job: Path) -> list[Path]:
     """The folders right below with a log.jsonl."""
     found = sorted(path.parent for path in job.glob("*/log.jsonl"))
     if not found:
-        raise SweepError(f"{job} has no log.jsonl: give a checkpoint folder or a run folder")
+        raise UserError(f"{job} has no log.jsonl: give a checkpoint folder or a run folder")
     return found
 
 

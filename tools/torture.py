@@ -8,7 +8,6 @@ latest.pt. torchrun starts the ranks again when one was killed, and this tool st
 At the end both runs have the same weights, bit for bit, and the same log but for its timings.
 """
 
-import fcntl
 import json
 import os
 import random
@@ -24,9 +23,11 @@ from pathlib import Path
 import torch
 
 import pretrain_imagenet
+from common.cli import Parser, at_least, run
+from common.errors import UserError
+from common.files import is_locked
 from data.synthetic import write_imagenet_tree
 from training.checkpoint import LATEST, PREVIOUS
-from training.command_line import Parser, at_least, run
 from training.engine import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,10 +41,6 @@ BLOWS = (
     ("rank", signal.SIGTERM),
     ("rank", signal.SIGUSR1),
 )
-
-
-class NotEqual(Exception):
-    """The disturbed run is not the run it would have been."""
 
 
 @dataclass
@@ -150,13 +147,11 @@ def strike(folder: Path, process: subprocess.Popen, rng: random.Random, tally: T
 def wait_for_ranks(folder: Path) -> None:
     """Until nobody holds the checkpoint folder: ranks notice soon that torchrun is gone."""
     deadline = time.monotonic() + 60
-    with open(folder / "checkpoints" / ".lock", "a") as lock:
-        while time.monotonic() < deadline:
-            try:
-                return fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                time.sleep(0.1)
-    raise NotEqual(f"ranks of a dead torchrun still hold {folder} after a minute")
+    while time.monotonic() < deadline:
+        if not is_locked(folder / "checkpoints"):
+            return
+        time.sleep(0.1)
+    raise UserError(f"ranks of a dead torchrun still hold {folder} after a minute")
 
 
 def final(folder: Path) -> tuple[dict, list[dict]]:
@@ -218,19 +213,19 @@ def main() -> None:
             folder.mkdir()
         epochs = 1 + args.kills // 4  # of 48 steps: long enough for all the kills
         if not attempt(whole, data, epochs, rng, Tally(0)):
-            raise NotEqual((whole / "output.log").read_text()[-2000:])
+            raise UserError((whole / "output.log").read_text()[-2000:])
         struck = -1
         while not attempt(hurt, data, epochs, rng, tally):
             if tally.kills.total() == struck:
-                raise NotEqual("it failed by itself: " + (hurt / "output.log").read_text()[-2000:])
+                raise UserError("it failed by itself: " + (hurt / "output.log").read_text()[-2000:])
             struck = tally.kills.total()
         equal = report(whole, hurt, tally, time.monotonic() - started)
     if not equal:
-        raise NotEqual("the disturbed run is not the run it would have been")
+        raise UserError("the disturbed run is not the run it would have been")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--record"]:
         pretrain_recorded(sys.argv[2], sys.argv[3:])
     else:
-        run(main, NotEqual)
+        run(main)

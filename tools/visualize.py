@@ -22,18 +22,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import DataError
+from common.cli import Parser, at_least, run
+from common.errors import UserError
+from common.files import write_atomic
 from data.images import read_rgb
 from data.splits import class_folders, list_images
 from data.transforms import EvalTransform, normalise, trained_transform
-from models import ModelError
 from models.insight import View, channel_names, look_inside, twist_blocks
 from models.stci import ANGLES, HEADS, REDUCED, direction_kernels
 from models.weights import load_trained
 from sweeps.figures import COLOURS, MARKERS, new_figure
-from sweeps.results import SweepError
-from training.checkpoint import write_atomic
-from training.command_line import Parser, UsageError, at_least, run
 
 ARROWS = ("→", "↘", "↓", "↙")
 SHOWN = 3  # pairs a direction
@@ -87,9 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     model, about = load_trained(args.checkpoint)
     blocks = twist_blocks(model)
     if args.block not in blocks:
-        raise UsageError(f"--block {args.block}: there are {', '.join(blocks)}")
+        raise UserError(f"--block {args.block}: there are {', '.join(blocks)}")
     if folders and blocks[args.block].stci.ais is None:
-        raise UsageError(f"{about['model']} has no AIS: there are no weights to compare by class")
+        raise UserError(f"{about['model']} has no AIS: there are no weights to compare by class")
     names = about["classes"] or [f"class {i}" for i in range(about["num_classes"])]
     reader, taken = Reader(trained_transform(about["config"], args.img_size)), set()
     try:
@@ -106,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             compare_classes(page, model, folder, args.block, reader)
             print(f"wrote {page} and {page.with_suffix('.csv').name}")
     except OSError as error:
-        raise UsageError(f"{error.filename or args.out}: {error.strerror}") from error
+        raise UserError(f"{error.filename or args.out}: {error.strerror}") from error
     if reader.unread:
         print(f"{reader.unread} images cannot be read", file=sys.stderr)
         sys.exit(1)
@@ -129,16 +127,16 @@ class Reader:
 
 
 def find_images(places: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The single pictures, and the folders of class folders; DataError where there is neither."""
+    """The single pictures, and the folders of class folders; UserError where there is neither."""
     pictures, folders = [], []
     for place in places:
         if not place.exists():
-            raise DataError(f"{place}: no such file or folder")
+            raise UserError(f"{place}: no such file or folder")
         if not place.is_dir():
             pictures.append(place)
         elif names := class_folders(place):
             if len(names) > MOST_CLASSES:
-                raise DataError(
+                raise UserError(
                     f"{place}: {len(names)} class folders are more than a figure can "
                     f"show: give a folder with at most {MOST_CLASSES}"
                 )
@@ -146,7 +144,7 @@ def find_images(places: list[Path]) -> tuple[list[Path], list[Path]]:
         else:
             inside = [place / file for file in list_images(place, ".")]
             if not inside:
-                raise DataError(f"{place}: no images in this folder")
+                raise UserError(f"{place}: no images in this folder")
             pictures += inside
     return pictures, folders
 
@@ -376,7 +374,7 @@ def compare_classes(path: Path, model, folder: Path, block: str, reader: Reader)
             images = [folder / file for file in list_images(folder, name)]
             weights = class_weights(model, images, reader)  # N, blocks, 4
             if not len(weights):
-                raise DataError(f"{folder / name}: no image that can be read")
+                raise UserError(f"{folder / name}: no image that can be read")
             mean, std = weights.mean(0), weights.std(0, correction=1 if len(weights) > 1 else 0)
             found[name] = weights[:, list(twist_blocks(model)).index(block)]
             lines += [
@@ -447,4 +445,4 @@ def draw_comparison(figure, found: dict[str, torch.Tensor], block: str, heads: l
 
 
 if __name__ == "__main__":
-    run(main, DataError, ModelError, SweepError)
+    run(main)

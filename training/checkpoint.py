@@ -8,44 +8,11 @@ from pathlib import Path
 
 import torch
 
-from training import RunError
+from common.errors import UserError
+from common.files import replace_by_link, sync_folder, write_atomic
 
 LATEST, BEST, PREVIOUS = "latest.pt", "best.pt", "latest.prev.pt"
 ALLOWED_FAILURES = 3
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Put `content` at `path` so that a reader, or a power cut, finds the old file or the new."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make `target` the file that `source` is now; a copy where hard links are not to be had."""
-    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        return write_atomic(target, source.read_bytes())
-    os.replace(temporary, target)
 
 
 def serialise(state: dict) -> bytes:
@@ -81,7 +48,7 @@ class Checkpoints:
         """Make `state` latest.pt, and best.pt too if it is; a warning where that failed, else None.
 
         A failed save leaves the files as they were, and a best.pt that it owed is written by the
-        next one. The third in a row is a RunError.
+        next one. The third in a row is a UserError.
         """
         latest = self.folder / LATEST
         fresh = self.folder / f".{LATEST}.new"
@@ -92,20 +59,20 @@ class Checkpoints:
             write_atomic(fresh, content)
             # First, so that latest.pt never speaks of a best epoch that best.pt does not hold.
             if best:
-                _link(fresh, self.folder / BEST)
+                replace_by_link(fresh, self.folder / BEST)
             elif self.owed is not None:
                 write_atomic(self.folder / BEST, self.owed)
             self.owed = None
             if latest.exists() and (self.trusted or _is_whole(latest)):
-                _link(latest, self.folder / PREVIOUS)
+                replace_by_link(latest, self.folder / PREVIOUS)
             os.replace(fresh, latest)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             fresh.unlink(missing_ok=True)
             self.failures += 1
             reason = f"the checkpoint could not be written to {self.folder} ({error.strerror})"
             if self.failures >= ALLOWED_FAILURES:
-                raise RunError(
+                raise UserError(
                     f"{reason}, {self.failures} times in a row: free space there, then "
                     f"resume from {latest}"
                 ) from error
@@ -117,20 +84,20 @@ class Checkpoints:
 def load_checkpoint(path: Path) -> tuple[dict, str | None]:
     """The checkpoint at `path`, or its predecessor with a line that says so when it is damaged.
 
-    Raises RunError when neither can be used. Nothing in a file is ever executed.
+    Raises UserError when neither can be used. Nothing in a file is ever executed.
     """
     if not path.exists() and not (path.name == LATEST and path.with_name(PREVIOUS).exists()):
-        raise RunError(f"--resume {path}: no such file")
+        raise UserError(f"--resume {path}: no such file")
     try:
         return _read(path), None
     except _Damaged as error:
         previous = path.with_name(PREVIOUS)
         if path.name != LATEST or not previous.exists():
-            raise RunError(f"{path} {error}") from error
+            raise UserError(f"{path} {error}") from error
         try:
             return _read(previous), f"warning: {path} {error}; going on from {previous}"
         except _Damaged as older:
-            raise RunError(
+            raise UserError(
                 f"{path} {error}, and {previous} {older}: nothing was overwritten; "
                 "--overwrite sets both aside and starts anew"
             ) from older
@@ -139,7 +106,7 @@ def load_checkpoint(path: Path) -> tuple[dict, str | None]:
 def _is_whole(path: Path) -> bool:
     try:
         return bool(_read(path))
-    except (_Damaged, RunError):
+    except (_Damaged, UserError):
         return False
 
 
@@ -175,12 +142,12 @@ def _read(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise RunError(
+        raise UserError(
             f"{path} holds more than tensors, numbers and text, and was not "
             "loaded: such a file can run code"
         ) from error
     except Exception as error:  # the unpickler raises whatever a senseless pickle led it to
         raise _Damaged(f"cannot be loaded ({type(error).__name__})") from error
     if not isinstance(state, dict) or not state.keys() >= _KEYS:
-        raise RunError(f"{path} is no checkpoint of a run (a weights file cannot be resumed)")
+        raise UserError(f"{path} is no checkpoint of a run (a weights file cannot be resumed)")
     return state

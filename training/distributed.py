@@ -93,9 +93,3 @@ def start_processes() -> World:
 def stop_processes() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def usable_cpus() -> int:
-    """CPUs this process may run on, shared fairly with the other ranks of its machine."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -7,22 +7,14 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from training import RunError
+from common.errors import Diverged, Preempted, UserError
 from training.checkpoint import ALLOWED_FAILURES, LATEST, Checkpoints, first_nonfinite
 from training.engine import Score, Trainer
 from training.preemption import StopRequest
-from training.record import Folder
+from training.run_dir import Folder
 
 SHOW_SECONDS = 1.0  # how often the loss is read back, which waits for the device
 ALLOWED_BROKEN, ALLOWED_BROKEN_SHARE = 10, 0.001  # unreadable training images, of an epoch
-
-
-class Preempted(Exception):
-    """The run was asked to stop, has saved, and goes on from there when it is started again."""
-
-
-class Diverged(Exception):
-    """The loss, a weight or a statistic is no longer finite."""
 
 
 @dataclass
@@ -42,7 +34,7 @@ class Progress:
 
 
 def restore(trainer: Trainer, state: dict) -> Progress:
-    """Put a checkpoint's tensors into `trainer`. RunError where they do not fit its network."""
+    """Put a checkpoint's tensors into `trainer`. UserError where they do not fit its network."""
     try:
         trainer.model.load_state_dict(state["model"])
         trainer.optimizer.load_state_dict(state["optimizer"])
@@ -51,7 +43,7 @@ def restore(trainer: Trainer, state: dict) -> Progress:
             state["step"], state["rows"], state["sums"], state["clock"], state.get("broken", [])
         )  # which the first checkpoints do not hold
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"the checkpoint does not fit this run: {error}") from error
+        raise UserError(f"the checkpoint does not fit this run: {error}") from error
 
 
 @dataclass
@@ -94,7 +86,7 @@ class Run:
     # ------------------------------------------------------------------ epochs and steps
 
     def fit(self) -> None:
-        """Train until `epochs` rows are finished. Raises Preempted, Diverged or RunError."""
+        """Train until `epochs` rows are finished. Raises Preempted, Diverged or UserError."""
         if self.world.main:
             self.folder.write_log(self.progress.rows)
             self.follow(self.progress.rows)
@@ -107,7 +99,7 @@ class Run:
             score = self.validate(self._agree)
             if score.unreadable:
                 self.save()
-                raise RunError(
+                raise UserError(
                     f"{len(score.unreadable)} validation images cannot be read, and are "
                     "never replaced: restore them, then resume: " + ", ".join(score.unreadable)
                 )
@@ -218,7 +210,7 @@ class Run:
                     flush=True,
                 )
         for index in batch.index[batch.broken == 2].tolist():
-            raise RunError(
+            raise UserError(
                 f"{self.name_of(index)} cannot be read as an image, nor can any other "
                 "of its class: restore the files, then resume"
             )
@@ -236,7 +228,7 @@ class Run:
         if broken > max(ALLOWED_BROKEN, ALLOWED_BROKEN_SHARE * self.frozen["images"]):
             names = sorted(name for names in self.world.gather(self.broken) for name in names)
             self.save()
-            raise RunError(
+            raise UserError(
                 f"{len(names)} training images cannot be read, too many to replace: "
                 f"restore them, then resume: {', '.join(names)}"
             )
@@ -265,7 +257,7 @@ class Run:
             bad = first_nonfinite({name: state[name] for name in ("model", "optimizer")})
             try:
                 warning = None if bad else self.checkpoints.save(state, best=best)
-            except RunError as failure:
+            except UserError as failure:
                 error, warning = failure, None
             if warning:
                 print(warning, flush=True)
@@ -273,7 +265,7 @@ class Run:
         if not_finite:
             self._fail(f"{bad or 'a tensor'} is not finite", where)
         if not_written:
-            raise error or RunError(f"rank 0 could not write to {self.folder.path}")
+            raise error or UserError(f"rank 0 could not write to {self.folder.path}")
         self.saved_at = time.monotonic()
 
     def check_stop(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from training import RunError
+from common.errors import UserError
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -31,11 +31,11 @@ def make_sgd(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim
 
 
 def make_lamb(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """timm's LAMB, which clips the norm of all gradients to 1. RunError where timm is missing."""
+    """timm's LAMB, which clips the norm of all gradients to 1. UserError where timm is missing."""
     try:
         from timm.optim import Lamb
     except ImportError as error:
-        raise RunError(f"LAMB is timm's ({error}): pip install timm") from error
+        raise UserError(f"LAMB is timm's ({error}): pip install timm") from error
     return Lamb(decay_groups(model, weight_decay), lr=lr)
 
 

@@ -5,7 +5,8 @@ import signal
 import threading
 import time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from common.processes import STOP_SIGNALS
+
 ORPHAN_GRACE = 10.0  # seconds that an orphaned process has for saving before it is ended
 
 
@@ -49,10 +50,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def ignore_stop_signals(worker_id: int = 0) -> None:
-    """For loader workers: torchrun signals a rank's whole process group, and a rank whose workers
-    die first crashes before it has saved. Workers leave with their rank."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

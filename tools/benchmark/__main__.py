@@ -22,15 +22,13 @@ from pathlib import Path
 
 import torch
 
-from data import DataError
-from models import ModelError
+from common.cli import Parser, at_least, run
+from common.errors import UserError
+from common.processes import usable_cpus
 from tools.benchmark.end_to_end import pretrain, start, sweep
 from tools.benchmark.loader import loader
 from tools.benchmark.step import make_step, step
 from tools.benchmark.timing import interleaved, print_table
-from training import RunError
-from training.command_line import Parser, at_least, run
-from training.distributed import usable_cpus
 
 EPOCHS = {"joint": 600, "pretrain": 3, "sweep": 10}
 IMAGENET_TRAIN = 1_281_167
@@ -94,7 +92,7 @@ def parse_args(argv: list[str] | None = None):
     args.rounds = args.rounds or (1 if whole_runs else 5)
     args.epochs = args.epochs or EPOCHS.get(args.what, 1)
     if args.what in ("pretrain", "sweep", "start") and not args.data_dir:
-        raise RunError(f"{args.what} needs real images: say where they are with --data_dir")
+        raise UserError(f"{args.what} needs real images: say where they are with --data_dir")
     return args
 
 
@@ -186,10 +184,10 @@ def show(found: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise RunError("the benchmark is one process: start it with python, not torchrun")
+        raise UserError("the benchmark is one process: start it with python, not torchrun")
     found = SUBCOMMANDS[args.what](args)
     print(json.dumps(found, indent=1)) if args.json else show(found)
 
 
 if __name__ == "__main__":
-    run(main, DataError, ModelError)
+    run(main)

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from common.errors import UserError
+from common.files import read_json
 from data.imagenet import load_imagenet
 from data.splits import SPLITS
 from data.textures import load_splits
 from tools.benchmark.timing import interleaved
-from training import RunError
-from training.record import read_json
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PLAIN = ["-m", "tools.benchmark.plain"]
@@ -182,11 +182,11 @@ def end_to_end(args, commands: Callable, accuracies: Callable, *, images: int) -
 
 
 def call(command: list) -> None:
-    """Run Python with these arguments at the top of the project; RunError where it fails."""
+    """Run Python with these arguments at the top of the project; UserError where it fails."""
     words = list(map(str, command))
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(f"{shlex.join(words)} failed: {' '.join(done.stderr.split())[-1000:]}")
+        raise UserError(f"{shlex.join(words)} failed: {' '.join(done.stderr.split())[-1000:]}")
 
 
 def children_cpu() -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import default_collate
 
+from common.errors import UserError
 from data import images
 from data.imagenet import list_tree, load_imagenet
 from data.images import ImageFiles, Sample, TrainSet, collate
@@ -16,7 +17,6 @@ from data.transforms import Augment, TrainTransform
 from tools.benchmark import plain
 from tools.benchmark.end_to_end import call
 from tools.benchmark.timing import interleaved
-from training import RunError
 from training.distributed import start_processes
 
 DRAWN_SIZE = 420  # px, about ImageNet's mean
@@ -52,7 +52,7 @@ def small_tree(args, folder: Path) -> Path:
         )
         return tree
     if (args.data_dir / ABOUT).exists():
-        raise RunError(f"--data_dir {args.data_dir} is packed: give the tree, it is packed here")
+        raise UserError(f"--data_dir {args.data_dir} is packed: give the tree, it is packed here")
     inside = args.data_dir / "train"
     source, _ = list_tree(inside if inside.is_dir() else args.data_dir)
     chosen = np.linspace(0, len(source) - 1, min(args.images, len(source))).astype(int)

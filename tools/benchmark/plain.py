@@ -16,12 +16,11 @@ from PIL import Image
 from torch.utils.data import default_collate
 from torchvision import transforms as v1
 
-from data import DataError, loading, transforms
+from common.cli import run
+from common.errors import UserError
+from data import loading, transforms
 from data.images import ImageFiles
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augment
-from models import ModelError
-from training import RunError
-from training.command_line import run
 
 BICUBIC = v1.InterpolationMode.BICUBIC
 TO_FLOAT = v1.ToTensor(), v1.Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -67,7 +66,7 @@ def main() -> None:
         words = words[1:]
         torch.channels_last = torch.contiguous_format  # whoever asks for it from now on
     if not words or Path(words[0]).name not in ("pretrain_imagenet.py", "train.py"):
-        raise RunError("give pretrain_imagenet.py or train.py, and its flags")
+        raise UserError("give pretrain_imagenet.py or train.py, and its flags")
     ImageFiles.read, loading.collate = read, default_collate
     script = importlib.import_module(Path(words[0]).stem)
     script.make_augmentation, script.EvalTransform = make_augmentation, eval_transform
@@ -76,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, DataError, ModelError)
+    run(main)

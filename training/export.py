@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from training.checkpoint import first_nonfinite, serialise, write_atomic
-from training.loop import Diverged
-from training.record import provenance, sha256, write_json
+from common.errors import Diverged
+from common.files import sha256, write_atomic, write_json
+from training.checkpoint import first_nonfinite, serialise
+from training.run_dir import provenance
 
 
 def write_weights(model: torch.nn.Module, about: dict, name: str, folders: list[Path]) -> None:

@@ -6,9 +6,9 @@ import pytest
 
 import pretrain_imagenet
 import train
+from common.errors import UserError
 from data.synthetic import write_dtd, write_imagenet_tree
-from training import RunError
-from training.board import Board
+from training.tensorboard import Board
 
 ROWS = [
     {"epoch": 1, "lr": 0.5, "val_top1": 20.0, "gates": [0.25, 0.125]},
@@ -56,7 +56,7 @@ def test_one_that_is_not_wanted_does_nothing(tmp_path):
 
 def test_without_tensorboard_it_is_said_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RunError, match="--tensorboard: .*pip install tensorboard"):
+    with pytest.raises(UserError, match="--tensorboard: .*pip install tensorboard"):
         Board(tmp_path)
 
 

@@ -10,9 +10,11 @@ import subprocess
 
 import pytest
 
-from training import RunError, record
+from common.errors import UserError
+from common.files import read_json, sha256, write_json
+from training import record
 from training.checkpoint import BEST, LATEST, PREVIOUS
-from training.record import Folder, provenance, read_json, sha256, write_json
+from training.run_dir import Folder, provenance
 
 
 def child(work):
@@ -48,7 +50,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     folder = tmp_path / "deep" / "run"
     holder = child(Folder(folder).lock)
     try:
-        with pytest.raises(RunError, match=r"deep/run is in use by another running process"):
+        with pytest.raises(UserError, match=r"deep/run is in use by another running process"):
             Folder(folder).lock()
     finally:
         kill(holder)
@@ -75,14 +77,14 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
 
 def test_nothing_to_lock_with_or_to_write_to_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="file cannot be written"):
+    with pytest.raises(UserError, match="file cannot be written"):
         Folder(tmp_path / "file").lock()
 
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    with pytest.raises(RunError, match="file system without locks .*No locks available"):
+    with pytest.raises(UserError, match="file system without locks .*No locks available"):
         Folder(tmp_path / "run").lock()
 
 
@@ -123,7 +125,7 @@ def test_set_aside_moves_a_runs_files_and_keeps_the_lock(tmp_path):
 
 
 def refused(path):
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         Folder(path).lock()
 
 

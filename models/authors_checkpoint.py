@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import ModelError
+from common.errors import UserError
 from models.stci import HEADS, REDUCED
 
 STEM = {"stem.0.": "conv1.", "stem.1.": "bn1."}
@@ -30,9 +30,9 @@ def is_authors(state: dict[str, Tensor]) -> bool:
 
 
 def from_authors(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under this project's names; ModelError for what has no counterpart here."""
+    """The state dict under this project's names; UserError for what has no counterpart here."""
     if not any(".mhstci." in name for name in state):
-        raise ModelError(
+        raise UserError(
             f"{path} is the authors' twistnet18_first_order, which has no STCI at all: it is the "
             "plain ResNet-18 and is refused; use --model resnet18 with its own weights"
         )
@@ -62,14 +62,14 @@ def renamed(name: str, table: dict[str, str]) -> str:
 def joined(path: Path, key: str, found: dict[int, Tensor]) -> Tensor:
     """The four heads' tensors as one, head after head; a counter is the same in each."""
     if sorted(found) != list(range(HEADS)):
-        raise ModelError(f"{path}: {key} has heads {sorted(found)}, not 0 to {HEADS - 1}")
+        raise UserError(f"{path}: {key} has heads {sorted(found)}, not 0 to {HEADS - 1}")
     tensors = [found[k] for k in range(HEADS)]
     if key.endswith(".num_batches_tracked"):
         return tensors[0]
     if key.endswith(".scale"):
         tensors = [x.flatten() for x in tensors]
     if any(x.dim() == 0 or x.shape[1:] != tensors[0].shape[1:] for x in tensors):
-        raise ModelError(f"{path}: the heads of {key} differ in shape")
+        raise UserError(f"{path}: the heads of {key} differ in shape")
     return torch.cat(tensors)
 
 
@@ -77,4 +77,4 @@ def check_order(path: Path, name: str, index: Tensor) -> None:
     """The products' order is part of the meaning of all that follows them."""
     i, j = torch.triu_indices(REDUCED, REDUCED)
     if not torch.equal(index.long(), i if name.endswith("idx_i") else j):
-        raise ModelError(f"{path}: {name} orders the channel pairs otherwise than 0-0, 0-1, ...")
+        raise UserError(f"{path}: {name} orders the channel pairs otherwise than 0-0, 0-1, ...")

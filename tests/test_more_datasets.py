@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torchvision.datasets import Flowers102
 
-from data import DataError
+from common.errors import UserError
 from data.textures import DATASETS, fingerprint, load_splits
 
 COMPANIONS = ("fmd", "kth_tips2b", "cub200", "flowers102")
@@ -42,7 +42,7 @@ def test_fmd_has_five_reshuffles_of_its_images_alone(fmd):
         assert len(files) == 20 and all(file.endswith(".jpg") for file in files)
         assert splits.train.path(0).is_file()
     assert fingerprint(load_splits("fmd", fmd / "image", 3)) == fingerprint(folds[2])
-    with pytest.raises(DataError, match=r"--fold 6: not among the folds of fmd \(1-5\)"):
+    with pytest.raises(UserError, match=r"--fold 6: not among the folds of fmd \(1-5\)"):
         load_splits("fmd", fmd, 6)
 
 
@@ -76,9 +76,9 @@ def test_kth_keeps_each_physical_sample_in_one_split(kth, fold, test, val, train
 def test_kth_without_one_sample_is_refused(kth):
     for path in (kth / "KTH-TIPS2-b" / "wool" / "sample_c").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"wool/sample_c: holds no image"):
+    with pytest.raises(UserError, match=r"wool/sample_c: holds no image"):
         load_splits("kth_tips2b", kth, 1)
-    with pytest.raises(DataError, match=r"--fold 5: .*kth_tips2b \(1-4\)"):
+    with pytest.raises(UserError, match=r"--fold 5: .*kth_tips2b \(1-4\)"):
         load_splits("kth_tips2b", kth, 5)
 
 
@@ -130,7 +130,7 @@ def test_cub_tests_on_the_official_images_and_validates_on_a_tenth(cub):
 def test_cub_tables_that_are_refused(cub, table, line, message):
     path = cub / "CUB_200_2011" / f"{table}.txt"
     path.write_text("\n".join([line, *path.read_text().splitlines()[1:]]))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         load_splits("cub200", cub, 1)
 
 
@@ -157,13 +157,13 @@ def test_flowers_splits_are_those_of_setid(flowers, inside):
     assert len(splits.classes) == 102 and splits.classes[0] == "pink primrose"
     assert splits.test.path(1).is_file()
     (flowers / "flowers-102" / "jpg" / "image_00006.jpg").unlink()
-    with pytest.raises(DataError, match=r"image_00006.jpg: is missing"):
+    with pytest.raises(UserError, match=r"image_00006.jpg: is missing"):
         load_splits("flowers102", flowers / inside, 1)
 
 
 def test_flowers_without_scipy_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(DataError, match="pip install scipy$"):
+    with pytest.raises(UserError, match="pip install scipy$"):
         load_splits("flowers102", tmp_path, 1)
 
 
@@ -173,15 +173,15 @@ def test_another_layout_is_refused_in_one_line(dataset, tmp_path):
         pytest.importorskip("scipy.io", reason="Flowers-102 needs scipy")
     for place in ("", "images/banded"):
         touch(tmp_path / place / "banded_0001.jpg")
-        with pytest.raises(DataError, match=r"^--data_dir .*: no .* here \(") as caught:
+        with pytest.raises(UserError, match=r"^--data_dir .*: no .* here \(") as caught:
             load_splits(dataset, tmp_path, 1)
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         load_splits(dataset, tmp_path / "absent", 1)
 
 
 @pytest.mark.parametrize("dataset", ["cub200", "flowers102"])
 def test_official_splits_have_one_fold(dataset, tmp_path):
     assert DATASETS[dataset].folds == "1, official"
-    with pytest.raises(DataError, match=rf"--fold 2: .*{dataset} \(1\)"):
+    with pytest.raises(UserError, match=rf"--fold 2: .*{dataset} \(1\)"):
         load_splits(dataset, tmp_path, 2)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from training import RunError
+from common.errors import UserError
 
 
 class Board:
@@ -19,7 +19,7 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise RunError(f"--tensorboard: {error}: pip install tensorboard") from error
+            raise UserError(f"--tensorboard: {error}: pip install tensorboard") from error
         self.make_writer = SummaryWriter
 
     def __call__(self, rows: list[dict]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models import MODELS, ModelError
-from models.authors import from_authors, is_authors
+from common.errors import UserError
+from models import MODELS
+from models.authors_checkpoint import from_authors, is_authors
 
 HEAD = ("fc.weight", "fc.bias")
 SHOWN = 4  # tensors named in an error before "..."
@@ -32,7 +33,7 @@ class WeightsFile:
 def read_weights(path: Path) -> WeightsFile:
     """Read a plain state dict, {"state_dict": ...} or a training checkpoint; run nothing in it.
 
-    ModelError for a file that is damaged, carries code, or holds tensors that are not finite.
+    UserError for a file that is damaged, carries code, or holds tensors that are not finite.
     """
     data = read_bytes(path)
     content = unpickle(path, data)
@@ -43,12 +44,12 @@ def read_weights(path: Path) -> WeightsFile:
             state = holder[key]
             break
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{path} holds no state dict: no names with tensors, as torch.save writes")
+        raise UserError(f"{path} holds no state dict: no names with tensors, as torch.save writes")
     tensors = plain_names(path, state)
     bad = [name for name, x in tensors.items() if not torch.isfinite(x).all()]
     if bad:
         counted = f"{len(bad)} of {len(tensors)} tensors are not finite ({some(bad)})"
-        raise ModelError(f"{path}: {counted}; these weights come from a run that diverged")
+        raise UserError(f"{path}: {counted}; these weights come from a run that diverged")
     config = holder.get("config") if isinstance(holder.get("config"), dict) else None
     classes = holder.get("classes") if isinstance(holder.get("classes"), list) else None
     return WeightsFile(path, hashlib.sha256(data).hexdigest(), tensors, config, classes)
@@ -58,7 +59,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or error}; no weights can be read") from None
+        raise UserError(f"{path}: {error.strerror or error}; no weights can be read") from None
 
 
 def unpickle(path: Path, data: bytes) -> object:
@@ -68,20 +69,20 @@ def unpickle(path: Path, data: bytes) -> object:
         if zipfile.is_zipfile(io.BytesIO(data)):
             record = zipfile.ZipFile(io.BytesIO(data)).testzip()
             if record is not None:
-                raise ModelError(f"{damaged}: the checksum of its record {record} is wrong")
+                raise UserError(f"{damaged}: the checksum of its record {record} is wrong")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except ModelError:
+    except UserError:
         raise
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|function|class) ([\w.]+)", str(error))
         if found is None:
-            raise ModelError(damaged) from None
-        raise ModelError(
+            raise UserError(damaged) from None
+        raise UserError(
             f"{path} carries code or objects ({found[1]}), not only tensors: refused, and nothing "
             "in it was run; ask for its plain state dict"
         ) from None
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise ModelError(f"{damaged} ({type(error).__name__})") from None
+        raise UserError(f"{damaged} ({type(error).__name__})") from None
 
 
 def plain_names(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +119,7 @@ def recognise(tensors: dict[str, Tensor], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if not any(differences(tensors, shapes(name)))), None)
 
 
-def misfit(file: WeightsFile, name: str) -> ModelError:
+def misfit(file: WeightsFile, name: str) -> UserError:
     """The error that says which tensors of the file do not fit the network."""
     wanted = shapes(name)
     missing, unexpected, misshapen = differences(file.tensors, wanted)
@@ -130,7 +131,7 @@ def misfit(file: WeightsFile, name: str) -> ModelError:
     ]
     actual = recognise(file.tensors, tuple(MODELS))
     hint = f"; it holds {actual}" if actual else ""
-    return ModelError(f"{file.path} does not fit {name}: {', '.join(parts)}{hint}")
+    return UserError(f"{file.path} does not fit {name}: {', '.join(parts)}{hint}")
 
 
 def some(names: list[str]) -> str:

@@ -1,7 +1,5 @@
 """A run's folder: the lock that makes it one run's, its log, its events, and what made it."""
 
-import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -15,10 +13,10 @@ import numpy
 import torch
 import torchvision
 
-from training import BusyError, RunError
-from training.checkpoint import BEST, LATEST, PREVIOUS, write_atomic
+from common.files import open_lock, remove_temporary_files, write_atomic, write_json
+from training.checkpoint import BEST, LATEST, PREVIOUS
 
-LOG, EVENTS, STATUS, LOCK = "log.jsonl", "events.jsonl", "status.json", ".lock"
+LOG, EVENTS, STATUS = "log.jsonl", "events.jsonl", "status.json"
 
 
 class Folder:
@@ -29,34 +27,10 @@ class Folder:
         self._lock = None
 
     def lock(self) -> None:
-        """Make the folder and claim it. RunError when another live process holds it.
-
-        A POSIX record lock: it is the process's own, so that forked loader workers do not keep it,
-        it works over NFS, and the kernel drops it however the process dies.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 (held until the process ends)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be written ({error.strerror})") from error
-        for wait in (1, 1, 0):  # a process that was just killed takes a moment to be gone
-            try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self._sweep_up()
-            except (BlockingIOError, PermissionError):
-                time.sleep(wait)
-            except OSError as error:
-                raise RunError(
-                    f"{self.path} lies on a file system without locks "
-                    f"({error.strerror}): use a folder on another one"
-                ) from error
-        raise BusyError(f"{self.path} is in use by another running process")
-
-    def _sweep_up(self) -> None:
-        """Delete half-written files of a process that was killed; only its successor may."""
-        for pattern in (".*.tmp*", f".{LATEST}.new"):
-            for left in self.path.glob(pattern):
-                left.unlink(missing_ok=True)
+        """Make the folder and claim it; raises as open_lock does."""
+        self._lock = open_lock(self.path)
+        remove_temporary_files(self.path)
+        (self.path / f".{LATEST}.new").unlink(missing_ok=True)
 
     def holds_run(self) -> bool:
         """Whether a run has left a checkpoint or a finished epoch here."""
@@ -99,23 +73,6 @@ class Folder:
             print(
                 f"warning: {self.path / name} could not be written ({error.strerror})", flush=True
             )
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> dict | None:
-    """A JSON object, or None where the file is not there or holds none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def provenance() -> dict:

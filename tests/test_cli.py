@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import RunError, command_line
-from training.command_line import Parser, UsageError, add_amp_flags, at_least, run
-from training.loop import Diverged, Preempted
+from common.cli import Parser, add_amp_flags, at_least, run
+from common.errors import Diverged, Preempted, UserError
+from training import command_line
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def test_given_names_what_the_command_line_says(parser, words, expected):
     ],
 )
 def test_bad_flags_are_usage_errors_of_one_line(parser, words, message):
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UserError) as caught:
         parser.parse_args(words)
     assert message in str(caught.value) and "script.py --help" in str(caught.value)
-    assert "\n" not in str(caught.value) and isinstance(caught.value, RunError)
+    assert "\n" not in str(caught.value) and isinstance(caught.value, UserError)
 
 
 def test_numbers_are_of_their_kind():
@@ -129,8 +129,8 @@ def outcome(error, capsys, *usage_errors):
     ("error", "code", "line"),
     [
         (None, 0, ""),
-        (RunError("no such\n file"), 2, "error: no such file\n"),
-        (UsageError("bad flag"), 2, "error: bad flag\n"),
+        (UserError("no such\n file"), 2, "error: no such file\n"),
+        (UserError("bad flag"), 2, "error: bad flag\n"),
         (OwnError("bad data"), 2, "error: bad data\n"),
         (Diverged("the loss is not finite"), 1, "error: the loss is not finite\n"),
         (Preempted("preempted, go on"), 75, "preempted, go on\n"),
@@ -166,16 +166,16 @@ def test_other_ranks_wait_before_they_speak(capsys, monkeypatch):
     slept = []
     monkeypatch.setattr(command_line.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", "0")
-    outcome(RunError("x"), capsys)
+    outcome(UserError("x"), capsys)
     assert slept == []
     monkeypatch.setenv("RANK", "3")
-    assert outcome(RunError("x"), capsys) == (2, "rank 3: error: x\n")
+    assert outcome(UserError("x"), capsys) == (2, "rank 3: error: x\n")
     assert len(slept) == 1
 
 
 def test_a_reader_that_leaves_is_no_traceback():
     code = (
-        "from training.command_line import run\n"
+        "from common.cli import run\n"
         "run(lambda: [print('x' * 1000, flush=True) for _ in range(1000)])"
     )
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """The other datasets of the comparison, read as their owners ship them.
 
 FMD (Sharan et al.), KTH-TIPS2-b (Caputo et al.), CUB-200-2011 (Wah et al.) and Oxford Flowers-102
-(Nilsback and Zisserman). Every loader takes (data_dir, fold), gives Splits and raises DataError.
+(Nilsback and Zisserman). Every loader takes (data_dir, fold), gives Splits and raises UserError.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchvision.datasets import Flowers102
 
-from data import DataError
+from common.errors import UserError
 from data.splits import (
     SPLITS,
     PresentImages,
@@ -34,7 +34,7 @@ def load_fmd(data_dir: Path, fold: int) -> Splits:
     root = data_dir / "image" if (data_dir / "image").is_dir() else data_dir
     names = class_folders(root)
     if len(names) < 2 or not all(list_images(root, name) for name in names):
-        raise DataError(f"--data_dir {data_dir}: no FMD here (image/<class>/*.jpg looked for)")
+        raise UserError(f"--data_dir {data_dir}: no FMD here (image/<class>/*.jpg looked for)")
     return stratified_splits(root, fold)
 
 
@@ -49,7 +49,7 @@ def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
     root = nested if nested.is_dir() else data_dir
     classes = class_folders(root)
     if not any((root / name / sample).is_dir() for name in classes for sample in KTH_SAMPLES):
-        raise DataError(
+        raise UserError(
             f"--data_dir {data_dir}: no KTH-TIPS2-b here (<class>/sample_a/*.png looked for)"
         )
     split_of = dict.fromkeys(KTH_SAMPLES, "train")
@@ -61,7 +61,7 @@ def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
             place = f"{name}/{sample}"
             images = list_images(root, place) if (root / place).is_dir() else []
             if not images:
-                raise DataError(f"{root / place}: holds no image; every class has four samples")
+                raise UserError(f"{root / place}: holds no image; every class has four samples")
             listed[split] += [(image, label) for image in images]
     return make_splits(root, classes, listed)
 
@@ -77,15 +77,15 @@ def load_cub200(data_dir: Path, fold: int) -> Splits:
     listed = {split: [] for split in SPLITS}
     for image_id, (here, image) in images.items():
         if image not in present:
-            raise DataError(f"{here}: {present.root / image} is missing")
+            raise UserError(f"{here}: {present.root / image} is missing")
         for file, table in zip(CUB_FILES[1:3], (label_of, is_train), strict=True):
             if image_id not in table:
-                raise DataError(f"{root / file}: has no line for image {image_id}")
+                raise UserError(f"{root / file}: has no line for image {image_id}")
         (where, class_id), (flag_at, flag) = label_of[image_id], is_train[image_id]
         if class_id not in training:
-            raise DataError(f"{where}: class {class_id} is not in classes.txt")
+            raise UserError(f"{where}: class {class_id} is not in classes.txt")
         if flag not in ("0", "1"):
-            raise DataError(f"{flag_at}: 0 or 1 wanted, found {flag!r}")
+            raise UserError(f"{flag_at}: 0 or 1 wanted, found {flag!r}")
         if flag == "1":
             training[class_id].append(f"images/{image}")
         else:
@@ -94,7 +94,7 @@ def load_cub200(data_dir: Path, fold: int) -> Splits:
     for label, class_id in enumerate(classes):
         files = shuffled(training[class_id], fold)
         if len(files) < 2:
-            raise DataError(f"{root}: class {names[class_id][1]} has fewer than 2 training images")
+            raise UserError(f"{root}: class {names[class_id][1]} has fewer than 2 training images")
         tenth = max(1, round(len(files) / 10))
         listed["val"] += [(file, label) for file in sorted(files[:tenth])]
         listed["train"] += [(file, label) for file in sorted(files[tenth:])]
@@ -106,7 +106,7 @@ def _read_cub(path: Path) -> dict[str, tuple[str, str]]:
     table = {}
     for number, (key, value) in read_fields(path, None, 2):
         if not key.isdecimal() or key in table:
-            raise DataError(f"{path}:{number}: id {key!r} is no number or stands twice")
+            raise UserError(f"{path}:{number}: id {key!r} is no number or stands twice")
         table[key] = (f"{path}:{number}", value)
     return table
 
@@ -117,7 +117,7 @@ def load_flowers102(data_dir: Path, fold: int) -> Splits:
     try:
         import scipy.io  # noqa: F401
     except ImportError as error:
-        raise DataError("--dataset flowers102: needs scipy; pip install scipy") from error
+        raise UserError("--dataset flowers102: needs scipy; pip install scipy") from error
     parent = Path(os.path.abspath(data_dir))
     if parent.name == "flowers-102" and (parent / "jpg").is_dir():
         parent = parent.parent
@@ -129,12 +129,12 @@ def load_flowers102(data_dir: Path, fold: int) -> Splits:
             files = [f"jpg/{path.name}" for path in flowers._image_files]
             listed[split] = list(zip(files, flowers._labels, strict=True))
     except RuntimeError as error:  # torchvision: not found, or another checksum
-        raise DataError(
+        raise UserError(
             f"--data_dir {data_dir}: no Flowers-102 here (flowers-102/ with jpg/ and the official"
             " imagelabels.mat and setid.mat looked for)"
         ) from error
     present = PresentImages(root)
     for image, _ in (row for rows in listed.values() for row in rows):
         if image not in present:
-            raise DataError(f"{root / image}: is missing, and setid.mat names it")
+            raise UserError(f"{root / image}: is missing, and setid.mat names it")
     return make_splits(root, list(Flowers102.classes), listed)

@@ -1,0 +1,178 @@
+"""What all command lines share: spelling of flags, one-line errors, exit codes."""
+
+import argparse
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from common.errors import (
+    EXIT_BUSY,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    Busy,
+    Diverged,
+    Preempted,
+    UserError,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, --data-dir as well as --data_dir, and UserErrors."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_underscores(word) for word in args], namespace)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def given(self, args: Sequence[str] | None = None) -> set[str]:
+        """Names of the flags that a command line gives, whatever their values."""
+        unset = object()
+        blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        parsed = vars(self.parse_args(args, blank))
+        return {name for name, value in parsed.items() if value is not unset}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _with_underscores(word: str) -> str:
+    """--data-dir=a-b → --data_dir=a-b; words that are not flags stay as they are."""
+    if not word.startswith("--") or word == "--":
+        return word
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+# ---------------------------------------------------------------- flags that several scripts have
+
+
+def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
+    """An argparse type: a finite number of `kind` that is not below `minimum`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value < 2**63:
+            noun = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} of at least {minimum}")
+        return value
+
+    return parse
+
+
+def add_amp_flags(group) -> argparse._ArgumentGroup:
+    """Add --amp and --no_amp; args.amp is None where neither is given."""
+    group.add_argument(
+        "--amp",
+        action="store_true",
+        default=None,
+        help="mixed precision, the default with CUDA and on CPUs with bf16 instructions: bf16, or "
+        "fp16 on GPUs without bf16",
+    )
+    group.add_argument(
+        "--no_amp",
+        dest="amp",
+        action="store_false",
+        default=None,
+        help="float32 throughout",
+    )
+    return group
+
+
+def add_tensorboard_flag(group) -> None:
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the log as TensorBoard event files into the run's folder "
+        "(pip install tensorboard)",
+    )
+
+
+# ---------------------------------------------------------------- the end of a program
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main and exit with its code; what the user can fix is one line on stderr.
+
+    Exit codes: 0 done, 1 failed (divergence, out of memory), 2 bad input, 3 busy, 75 preempted
+    and resumable, 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a terminal in Latin-1 must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        code = 0
+    except BrokenPipeError:  # the reader of the output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        explained = _explain(error)
+        if explained is None:
+            raise
+        line, code = explained
+        _print_error(line)
+    finally:
+        _kill_workers()
+    sys.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code for an error; None for a bug, which deserves its traceback."""
+    text = str(error)
+    if isinstance(error, Busy):
+        return f"error: {text}", EXIT_BUSY
+    if isinstance(error, UserError):
+        return f"error: {text}", EXIT_USAGE
+    if isinstance(error, Diverged):
+        return f"error: {text}", EXIT_FAILED
+    if isinstance(error, Preempted):
+        return text, EXIT_PREEMPTED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if type(error).__name__ == "OutOfMemoryError":  # torch's: this module does not import torch
+        detail = text.splitlines()[0] if text else ""
+        return f"error: CUDA out of memory: use a smaller --batch_size ({detail})", EXIT_FAILED
+    if isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text):
+        return (
+            "error: another rank has died: resume from latest.pt, as torchrun --max_restarts "
+            "does with --resume auto",
+            EXIT_FAILED,
+        )
+    if isinstance(error, OSError):  # a full disk or a folder without permission
+        return f"error: {text}", EXIT_FAILED
+    return None
+
+
+def _print_error(line: str) -> None:
+    rank = int(os.environ.get("RANK") or 0)
+    if rank:
+        # Ranks mostly fail alike, and torchrun ends the others as soon as one is gone: a rank
+        # other than 0 speaks only if it was alone with its error.
+        time.sleep(3)
+        line = f"rank {rank}: {line}"
+    print(" ".join(line.split()), file=sys.stderr, flush=True)
+
+
+def _kill_workers() -> None:
+    """Kill loader workers: they ignore SIGTERM, with which Python would end them and then wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a crash
+    for worker in multiprocessing.active_children():
+        worker.kill()
