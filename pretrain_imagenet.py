@@ -21,7 +21,7 @@ from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, ru
 from common.errors import UserError
 from common.processes import ignore_stop_signals, usable_cpus
 from data.imagenet import load_imagenet
-from data.images import EvalSet, TrainSet, quick_look
+from data.images import EvalSet, TrainSet, spot_check
 from data.loading import eval_batches, train_steps
 from data.sampling import StepSampler, seed_network
 from data.splits import digest_of
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     args, state = parse_args(argv)
     board = Board(args.checkpoint_dir, wanted=args.tensorboard)
     train, val, classes = load_imagenet(args.data_dir)
-    quick_look(val)
+    spot_check(val)
     folder = Folder(args.checkpoint_dir)
     world = start_processes()
     stop = StopRequest()
@@ -282,12 +282,12 @@ def main(argv: list[str] | None = None) -> None:
             TrainSet(train, transform, args.seed), sampler, first=first, last=total, **loading
         ),
         validate=lambda between: evaluate(
-            trainer, val_batches, normalise, rounds=rounds, name_of=val.name, between=between
+            trainer, val_batches, normalise, rounds=rounds, name_of=val.file_name, between=between
         )[0],
         lr_of=make_schedule(config, base=base_lr, total_steps=total, warmup_steps=warmup),
         epochs=args.epochs,
         steps_per_epoch=sampler.steps_per_epoch,
-        name_of=train.name,
+        name_of=train.file_name,
         frozen={"config": config, "classes": classes, "images": len(train), "data": digest},
         resume_with=resume_command(args, world),
         follow=board,

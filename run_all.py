@@ -21,7 +21,7 @@ from common.cli import Parser, at_least, run
 from common.errors import Preempted, UserError
 from common.files import write_json
 from common.processes import usable_cpus
-from data.images import quick_look
+from data.images import spot_check
 from models import MODELS, build_model
 from sweeps.launching import AGAIN, BUSY, DONE, FAILED, Cell, Line, LocalPool, make_slots, tail
 from sweeps.slurm import submit
@@ -191,7 +191,7 @@ def make_plan(args, forwarded: list[str]) -> Plan:
     splits = {
         fold: train.load_data(single(args.models[0], fold, args.seeds[0])[1]) for fold in args.folds
     }
-    quick_look(splits[args.folds[0]].val)
+    spot_check(splits[args.folds[0]].val)
     for model in args.models:
         build_model(model, len(splits[args.folds[0]].classes), first.pretrained)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

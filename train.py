@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from common.processes import ignore_stop_signals, usable_cpus
 from data.cache import decoded
-from data.images import EvalSet, ImageFiles, TrainSet, quick_look
+from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.loading import eval_batches, train_steps
 from data.sampling import StepSampler
 from data.splits import Splits, fingerprint
@@ -261,8 +261,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not args.no_cache:
         splits = decoded(splits, workers=min(args.workers, usable_cpus()), stop=lambda: bool(stop))
-    quick_look(splits.val)
-    quick_look(splits.test)
+    spot_check(splits.val)
+    spot_check(splits.test)
     state = load_started(folder.path, config)
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(splits.classes), "none" if state else args.pretrained)
@@ -350,7 +350,7 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
             **loading,
         )
         return lambda between: evaluate(
-            trainer, batches, normalise, rounds=rounds, name_of=source.name, between=between
+            trainer, batches, normalise, rounds=rounds, name_of=source.file_name, between=between
         )
 
     validate = scorer(splits.val)
@@ -370,7 +370,7 @@ def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, wo
         lr_of=lambda step: lr_at(step, base=args.lr, total_steps=total, warmup_steps=warmup),
         epochs=args.epochs,
         steps_per_epoch=sampler.steps_per_epoch,
-        name_of=splits.train.name,
+        name_of=splits.train.file_name,
         frozen={"config": config, "classes": splits.classes, "images": len(splits.train)},
         resume_with=shlex.join(["python", *(w for w in sys.argv if w != "--overwrite")]),
         extra_row=lambda: gates(model),

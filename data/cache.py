@@ -42,9 +42,9 @@ class DecodedFiles(ImageFiles):
                 pass
         return super().read(index)
 
-    def look(self, index: int) -> None:
+    def check_header(self, index: int) -> None:
         if self.rows[index] < 0:
-            super().look(index)
+            super().check_header(index)
 
 
 def cache_folders(root: Path) -> list[Path]:

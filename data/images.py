@@ -46,7 +46,7 @@ class ImageFiles:
     def path(self, index: int) -> Path:
         return self.root / self.files[index].decode("utf-8", "surrogateescape")
 
-    def name(self, index: int) -> str:
+    def file_name(self, index: int) -> str:
         """The path, printable whatever bytes it has."""
         return str(self.path(index)).encode(errors="replace").decode()
 
@@ -54,7 +54,7 @@ class ImageFiles:
         """uint8 RGB, 3 × H × W. Raises OSError when the file cannot be decoded."""
         return read_rgb(self.path(index))
 
-    def look(self, index: int) -> None:
+    def check_header(self, index: int) -> None:
         """Raise an error where a glance at the file shows that it is no image."""
         with Image.open(self.path(index)):
             pass
@@ -125,7 +125,7 @@ def fast_jpeg():
     return decode_jpeg
 
 
-def quick_look(source: ImageFiles, *, seconds: float = 5.0) -> None:
+def spot_check(source: ImageFiles, *, seconds: float = 5.0) -> None:
     """Open the headers of a listing's images, spread over it, for a bounded time.
 
     Raises UserError for one that is no image. What only decoding can tell shows when it is read.
@@ -133,10 +133,10 @@ def quick_look(source: ImageFiles, *, seconds: float = 5.0) -> None:
     started = time.monotonic()
     for index in np.random.default_rng(0).permutation(len(source)).tolist():
         try:
-            source.look(index)
+            source.check_header(index)
         except Exception as error:  # Pillow's plugins raise whatever their parsers met
             raise UserError(
-                f"{source.name(index)} cannot be read as an image, and an evaluation "
+                f"{source.file_name(index)} cannot be read as an image, and an evaluation "
                 "never leaves one out: restore or remove it"
             ) from error
         if time.monotonic() - started > seconds:

@@ -85,7 +85,7 @@ class PackedImages:
         """The names that the images had in the listing that was packed."""
         return self.rows["name"]
 
-    def name(self, index: int) -> str:
+    def file_name(self, index: int) -> str:
         file = self.rows[index]["name"].decode("utf-8", "surrogateescape")
         return f"{self.root / self.split}.data: {file}"
 
@@ -95,9 +95,9 @@ class PackedImages:
         row = self.rows[index]
         if row["decoded"]:
             return entry.view(int(row["height"]), int(row["width"]), 3).permute(2, 0, 1)
-        return decode_rgb(entry, self.name(index))
+        return decode_rgb(entry, self.file_name(index))
 
-    def look(self, index: int) -> None:
+    def check_header(self, index: int) -> None:
         """Raise OSError when the entry is damaged, without decoding it."""
         self._entry(index)
 
@@ -106,7 +106,7 @@ class PackedImages:
         first = int(row["offset"])
         entry = self.data[first : first + int(row["length"])]
         if zlib.crc32(entry.numpy()) != row["crc"]:
-            raise OSError(f"{self.name(index)} is damaged (its checksum differs)")
+            raise OSError(f"{self.file_name(index)} is damaged (its checksum differs)")
         return entry
 
 

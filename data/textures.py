@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torchvision.datasets import DTD
 
 from common.errors import UserError
-from data import companions
+from data import more_datasets
 from data.splits import (
     SPLITS,
     PresentImages,
@@ -135,8 +135,8 @@ class Dataset(NamedTuple):
 DATASETS = {
     "dtd": Dataset(load_dtd, "1-10, official"),
     "folder": Dataset(load_folder, "1 to --num_folds, stratified reshuffles 60/20/20"),
-    "fmd": Dataset(companions.load_fmd, "1-5, stratified reshuffles 60/20/20"),
-    "kth_tips2b": Dataset(companions.load_kth_tips2b, "1-4, one physical sample tests"),
-    "cub200": Dataset(companions.load_cub200, "1, official"),
-    "flowers102": Dataset(companions.load_flowers102, "1, official"),
+    "fmd": Dataset(more_datasets.load_fmd, "1-5, stratified reshuffles 60/20/20"),
+    "kth_tips2b": Dataset(more_datasets.load_kth_tips2b, "1-4, one physical sample tests"),
+    "cub200": Dataset(more_datasets.load_cub200, "1, official"),
+    "flowers102": Dataset(more_datasets.load_flowers102, "1, official"),
 }

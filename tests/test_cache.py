@@ -15,7 +15,7 @@ from PIL import Image
 from data import cache, imagenet
 from data.cache import FOLDER, DecodedFiles, cache_folders, decoded
 from data.imagenet import load_imagenet
-from data.images import TrainSet, quick_look
+from data.images import TrainSet, spot_check
 from data.packed import held
 from data.splits import SPLITS, fingerprint, stratified_splits
 from data.transforms import EvalTransform, TrainTransform
@@ -77,7 +77,7 @@ def forbid_reading(monkeypatch):
         raise AssertionError(f"{self.path(index)} was decoded again")
 
     monkeypatch.setattr(cache.ImageFiles, "read", read)
-    monkeypatch.setattr(cache.ImageFiles, "look", read)
+    monkeypatch.setattr(cache.ImageFiles, "check_header", read)
 
 
 def test_all_folds_share_one_cache_and_decode_nothing_again(root, monkeypatch, capsys):
@@ -87,7 +87,7 @@ def test_all_folds_share_one_cache_and_decode_nothing_again(root, monkeypatch, c
     forbid_reading(monkeypatch)
     fold2 = cached(root, 2)
     assert same(images(fold2), expected) and len(kept(root)) == 1
-    quick_look(fold2.val)
+    spot_check(fold2.val)
     assert capsys.readouterr().out == ""
 
 
@@ -153,7 +153,7 @@ def test_broken_images_are_as_broken_as_without_the_cache(root):
     (root / "a" / "02.jpg").write_bytes(b"no image")
     splits = cached(root)
     broken = [
-        part.name(i)
+        part.file_name(i)
         for part in (splits.train, splits.val, splits.test)
         for i in range(len(part))
         if part.rows[i] < 0
@@ -167,7 +167,7 @@ def test_broken_images_are_as_broken_as_without_the_cache(root):
     with pytest.raises(OSError, match="02.jpg cannot be read"):
         part.read(at)
     with pytest.raises(OSError):
-        part.look(at)
+        part.check_header(at)
 
 
 def test_a_damaged_cache_costs_no_image(root, capsys):

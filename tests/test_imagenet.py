@@ -32,7 +32,7 @@ def test_labels_follow_the_sorted_class_names_and_files_are_sorted(tmp_path):
         ("n02/b.JPEG", 1),
         ("n10/x.png", 2),
     ]
-    assert source.name(1) == str(tmp_path / "n02/a.JPEG")
+    assert source.file_name(1) == str(tmp_path / "n02/a.JPEG")
 
 
 def test_the_order_is_not_that_of_the_file_system(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data.images import EvalSet, ImageFiles, TrainSet, quick_look, read_rgb
+from data.images import EvalSet, ImageFiles, TrainSet, read_rgb, spot_check
 from data.transforms import EvalTransform, TrainTransform
 
 COLOUR = (200, 40, 90)
@@ -172,17 +172,17 @@ def test_evaluation_marks_broken_images_and_replaces_none(tmp_path):
 
 
 @pytest.mark.parametrize("broken", [1, 2])  # empty, text; a cut file has a whole header
-def test_quick_look_names_what_is_no_image(tmp_path, broken):
+def test_spot_check_names_what_is_no_image(tmp_path, broken):
     with pytest.raises(UserError, match=rf"{broken}\.jpg cannot be read as an image") as caught:
-        quick_look(write_listing(tmp_path, 12, broken=[broken]))
+        spot_check(write_listing(tmp_path, 12, broken=[broken]))
     assert "\n" not in str(caught.value)
 
 
-def test_quick_look_is_content_with_good_files_and_is_bounded(tmp_path):
-    quick_look(write_listing(tmp_path, 12))
+def test_spot_check_is_content_with_good_files_and_is_bounded(tmp_path):
+    spot_check(write_listing(tmp_path, 12))
     all_broken_but_one = write_listing(tmp_path, 12, broken=range(1, 12))
     order = np.random.default_rng(0).permutation(12)
     photo(0).save(tmp_path / f"{order[0]}.jpg")
-    quick_look(all_broken_but_one, seconds=-1)  # the time is over after the first file
+    spot_check(all_broken_but_one, seconds=-1)  # the time is over after the first file
     with pytest.raises(UserError):
-        quick_look(all_broken_but_one)
+        spot_check(all_broken_but_one)

@@ -1,4 +1,4 @@
-"""data/companions.py: the other datasets in their owners' layouts, made here of empty files."""
+"""data/more_datasets.py: the other datasets in their owners' layouts, made here of empty files."""
 
 import sys
 

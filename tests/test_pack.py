@@ -53,7 +53,7 @@ def run(tree, *flags, workers=0):
 
 
 def index_of(source, name):
-    return next(i for i in range(len(source)) if source.name(i).endswith(name))
+    return next(i for i in range(len(source)) if source.file_name(i).endswith(name))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -155,7 +155,8 @@ def test_unreadable_images_are_left_out_on_request(tree, capsys):
     assert (len(train), len(val)) == (11, 4)
     assert "1 unreadable images left out" in capsys.readouterr().out
     assert not any(
-        train.name(i).endswith(path.name) and path.parent.name in train.name(i) for i in range(11)
+        train.file_name(i).endswith(path.name) and path.parent.name in train.file_name(i)
+        for i in range(11)
     )
 
 

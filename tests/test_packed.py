@@ -59,14 +59,16 @@ def test_images_labels_and_names_come_back(tmp_path, decoded):
     source = finished(tmp_path, decoded=decoded)
     assert len(source) == 4 and source.labels.tolist() == [0, 0, 1, 1]
     assert source.labels.dtype == np.int64
-    assert source.name(2) == f"{tmp_path}/train.data: b/3.jpg" and "\udcff" in source.name(1)
+    assert source.file_name(
+        2
+    ) == f"{tmp_path}/train.data: b/3.jpg" and "\udcff" in source.file_name(1)
     for i in range(4):
         image = torch.from_numpy(pixels(i)).permute(2, 0, 1)
         if not decoded:
             encoded = torch.frombuffer(bytearray(jpeg(i)), dtype=torch.uint8)
             image = decode_rgb(encoded, "x")
         assert torch.equal(source.read(i), image) and source.read(i).shape == (3, 20 + i, 30)
-        source.look(i)
+        source.check_header(i)
 
 
 def test_nothing_is_left_but_data_index_and_what_describes_them(tmp_path):
@@ -97,7 +99,7 @@ def test_one_wrong_byte_is_found_and_named_and_the_others_are_read(tmp_path, dec
     data[at] ^= 4
     (tmp_path / "train.data").write_bytes(data)
     source = opened(tmp_path)
-    for look in (source.read, source.look):
+    for look in (source.read, source.check_header):
         with pytest.raises(OSError, match="train.data: a/.*is damaged"):
             look(1)
     assert source.read(0).shape == (3, 20, 30) and source.read(2).shape == (3, 22, 30)

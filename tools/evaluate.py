@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.processes import usable_cpus
 from data.imagenet import Source, list_tree, load_imagenet
-from data.images import EvalSet, quick_look
+from data.images import EvalSet, spot_check
 from data.loading import eval_batches
 from data.splits import fingerprint
 from data.textures import DATASETS, load_splits
@@ -224,7 +224,7 @@ def check_classes(about: dict, classes: list[str], data_dir: Path) -> None:
 
 def test(model: nn.Module, source: Source, transform, args) -> Score:
     """Score every image once, by the code that validates in training."""
-    quick_look(source)
+    spot_check(source)
     model.to(args.device, memory_format=torch.channels_last)
     batches, rounds = eval_batches(
         EvalSet(source, transform),
@@ -234,7 +234,7 @@ def test(model: nn.Module, source: Source, transform, args) -> Score:
     )
     # evaluation uses neither optimizer nor augmentation
     trainer = Trainer(model, None, World(0, 1, 0, 1, args.device), args.precision, augment=None)
-    score, _ = evaluate(trainer, batches, normalise, rounds=rounds, name_of=source.name)
+    score, _ = evaluate(trainer, batches, normalise, rounds=rounds, name_of=source.file_name)
     if score.unreadable:
         raise UserError(
             f"{len(score.unreadable)} images cannot be read, and are never left out: "

@@ -182,7 +182,7 @@ def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
                 leave=False,
                 disable=None,
             ):
-                packed.look(index)
+                packed.check_header(index)
     except (OSError, UserError) as error:
         print(f"packing again: {error}", flush=True)
         discard(args.out, sources)
