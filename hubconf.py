@@ -25,6 +25,8 @@ if _Path(_models.__file__ or "").resolve() != _OURS:
         f"already and hides {_OURS.parent}: load this network first, or in a process of its own"
     )
 
+import models.weights as _weights  # noqa: E402 (after the check that models is this one)
+
 dependencies = ["torch", "torchvision"]
 
 
@@ -61,17 +63,22 @@ def twistnet18_first_order(pretrained=False, num_classes=None):
 def _build(name, pretrained, num_classes):
     pretrained = {True: "auto", False: "none", None: "none"}.get(pretrained, pretrained)
     pretrained = _os.fspath(pretrained)
-    if num_classes is not None:
-        return _models.build_model(name, num_classes, pretrained)
-    if pretrained == "none":
-        return _models.build_model(name, 1000, pretrained)
-    from models.weights import find_weights
-    from models.weights_file import read_weights
+    keep_head = num_classes is None and pretrained != "none"
+    if num_classes is None:
+        num_classes = _count_classes(name, pretrained)
+    model = _models.build_model(name, num_classes)
+    _weights.load_pretrained(model, name, pretrained, keep_head=keep_head)
+    return model
 
-    path = find_weights(name) if pretrained == "auto" else pretrained
-    if path is None:  # torchvision's, which has a classifier for resnet18 alone
-        return _models.build_model(name, 1000, "auto", keep_head=True)
-    head = read_weights(_Path(path)).tensors.get("fc.weight")
+
+def _count_classes(name, pretrained):
+    """The classes of the weights' own classifier; 1000 for a new network and for torchvision's."""
+    if pretrained == "none":
+        return 1000
+    path = _weights.find_weights(name) if pretrained == "auto" else pretrained
+    if path is None:
+        return 1000
+    head = _weights.read_weights(_Path(path)).tensors.get("fc.weight")
     if head is None or head.dim() != 2:
         raise _models.UserError(f"{path} has no classifier (fc.weight): give num_classes")
-    return _models.build_model(name, len(head), str(path), keep_head=True)
+    return len(head)

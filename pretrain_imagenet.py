@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     torch.manual_seed(args.seed)
-    model = build_model(args.model, len(classes), pretrained="none")
+    model = build_model(args.model, len(classes))
     base_lr = args.lr
     if config["lr_images"]:
         base_lr = args.lr * sampler.global_batch / config["lr_images"]

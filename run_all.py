@@ -23,6 +23,7 @@ from common.files import write_json
 from common.processes import usable_cpus
 from data.images import spot_check
 from models import MODELS, build_model
+from models.weights import load_pretrained
 from sweeps.launching import AGAIN, BUSY, DONE, FAILED, Cell, Line, LocalPool, make_slots, tail
 from sweeps.slurm import submit
 from sweeps.tables import write_tables
@@ -193,7 +194,8 @@ def make_plan(args, forwarded: list[str]) -> Plan:
     }
     spot_check(splits[args.folds[0]].val)
     for model in args.models:
-        build_model(model, len(splits[args.folds[0]].classes), first.pretrained)
+        network = build_model(model, len(splits[args.folds[0]].classes))
+        load_pretrained(network, model, first.pretrained)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = Plan(first.dataset, workers=first.workers)
     for fold in args.folds:

@@ -30,7 +30,7 @@ from data.textures import DATASETS, download_dtd, load_splits
 from data.transforms import EvalTransform, make_augmentation, normalise
 from models import MODELS, build_model
 from models.twistnet import TwistBlock
-from models.weights import weights_identity
+from models.weights import load_pretrained, weights_identity
 from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
 from training.distributed import World, start_processes
 from training.engine import Trainer, choose_precision, evaluate
@@ -265,8 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     spot_check(splits.test)
     state = load_started(folder.path, config)
     torch.manual_seed(args.seed)
-    model = build_model(args.model, len(splits.classes), "none" if state else args.pretrained)
-    weights = state["weights"] if state else model.weights_origin
+    model = build_model(args.model, len(splits.classes))
+    weights = state["weights"] if state else load_pretrained(model, args.model, args.pretrained)
     the_run, test = make_run(args, config, splits, model, folder=folder, world=world, stop=stop)
     the_run.frozen["weights"] = weights
     the_run.follow = board

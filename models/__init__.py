@@ -1,4 +1,4 @@
-"""What is trained: six networks by name."""
+"""The six networks, by name."""
 
 from collections.abc import Callable
 
@@ -23,20 +23,14 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build_model(
-    name: str, num_classes: int, pretrained: str = "auto", keep_head: bool = False
-) -> nn.Module:
-    """Build a network of MODELS, with weights: "auto" finds them, "none" starts new, or a path.
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """Build a network of MODELS with random weights; models.weights.load_pretrained fills it.
 
-    The classifier always starts new unless keep_head; num_classes=0 has none. The result's
-    weights_origin says what was loaded: {"source", "sha256", "tensors_loaded"}.
+    With num_classes=0 it has no classifier and returns the pooled features, [B, 512].
+    Raises UserError for a name that MODELS does not have.
     """
-    from models.weights import load_pretrained  # here, because it reads MODELS and UserError
-
     if name not in MODELS:
-        raise UserError(f"--model: no model {name!r}; there are {', '.join(MODELS)}")
+        raise UserError(f"--model: there is no model {name!r}; choose from {', '.join(MODELS)}")
     if num_classes < 0:
         raise UserError(f"a network cannot have {num_classes} classes")
-    model = MODELS[name](num_classes)
-    model.weights_origin = load_pretrained(model, name, str(pretrained), keep_head=keep_head)
-    return model
+    return MODELS[name](num_classes)

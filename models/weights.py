@@ -23,6 +23,7 @@ PARTIAL = {
     "twistnet18_no_ais": "twistnet18",
     "twistnet18_first_order": "twistnet18",
 }
+EARLY_LAYERS = ("conv1.", "bn1.", "layer1.", "layer2.")  # what TwistNet shares with ResNet-18
 TORCHVISION = ResNet18_Weights.IMAGENET1K_V1
 TORCHVISION_SOURCE = f"torchvision {TORCHVISION}"
 
@@ -45,7 +46,7 @@ def find_weights(name: str) -> Path | None:
 
 
 def weights_identity(name: str, pretrained: str = "auto") -> dict[str, str | None]:
-    """What build_model would load, {"source", "sha256"}, without building anything."""
+    """What load_pretrained would load, {"source", "sha256"}, without building anything."""
     if pretrained == "none":
         return {"source": "none", "sha256": None}
     path = find_weights(name) if pretrained == "auto" else given(pretrained)
@@ -54,8 +55,21 @@ def weights_identity(name: str, pretrained: str = "auto") -> dict[str, str | Non
     return {"source": str(path), "sha256": hashlib.sha256(read_bytes(path)).hexdigest()}
 
 
-def load_pretrained(model: nn.Module, name: str, pretrained: str, *, keep_head: bool) -> dict:
-    """Load what `pretrained` names into the model, say so, and return its weights_origin."""
+def load_pretrained(
+    model: nn.Module, name: str, pretrained: str | Path = "auto", *, keep_head: bool = False
+) -> dict:
+    """Load pretrained weights into the network `name`, print what was loaded, and return it.
+
+    Args:
+        model: the network, as build_model(name, num_classes) returns it.
+        pretrained: "auto" searches weights/ here and beside the scripts, then takes torchvision's
+            ResNet-18 weights; "none" loads nothing; anything else is the path of a file.
+        keep_head: also load the classifier, for evaluation; fine-tuning starts a new one.
+
+    Returns {"source", "sha256", "tensors_loaded"}; sha256 is None without a file.
+    Raises UserError for a file that is missing, damaged, or does not fit the network.
+    """
+    pretrained = str(pretrained)
     if pretrained == "none":
         return {"source": "none", "sha256": None, "tensors_loaded": 0}
     path = find_weights(name) if pretrained == "auto" else given(pretrained)
@@ -112,7 +126,22 @@ def load_trained(path: str | Path) -> tuple[nn.Module, dict]:
 
 
 def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
-    """torchvision's ResNet-18: whole, all but SE, or for TwistNet its stem, layer1 and layer2."""
+    """Load torchvision's ResNet-18: whole, all but SE, or for TwistNet the early layers."""
+    tensors = fetch_torchvision(name)
+    if keep_head:
+        if name != "resnet18":
+            raise UserError(f"no weights for {name} with a classifier: give --pretrained PATH")
+        check_head(model, Path(TORCHVISION.url), tensors)
+    if name in TITLES:
+        loaded = load_resnet(model, name, tensors, keep_head=keep_head)
+    else:
+        loaded = load_twistnet_stem(model, name, tensors)
+    print_left_out(TITLES.get(name, "TwistNet"), model, tensors, loaded)
+    return {"source": TORCHVISION_SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
+
+
+def fetch_torchvision(name: str) -> dict[str, Tensor]:
+    """torchvision's ResNet-18 weights, from torch.hub's cache or the network."""
     try:
         tensors = TORCHVISION.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -120,47 +149,47 @@ def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
         looked = " and ".join(map(str, candidates(name)))
         raise UserError(
             f"no weights for {name}: looked for {looked}, and {TORCHVISION_SOURCE} could not "
-            f"be had ({reason}); run pretrain_imagenet.py --model {name}, give --pretrained PATH, "
-            "or train from scratch with --pretrained none"
+            f"be downloaded ({reason}); run pretrain_imagenet.py --model {name}, give "
+            "--pretrained PATH, or train from scratch with --pretrained none"
         ) from None
     if recognise(tensors, ("resnet18",)) is None:
         file = Path(TORCHVISION.url).name
         raise UserError(f"torch.hub's {file} is no ResNet-18: delete it, and it is fetched again")
-    if keep_head:
-        if name != "resnet18":
-            raise UserError(f"no weights for {name} with a classifier: give --pretrained PATH")
-        check_head(model, Path(TORCHVISION.url), tensors)
-    if name in TITLES:
-        title = TITLES[name]
-        loaded = fill(model, tensors, keep_head=keep_head)
-        print(
-            f"[{title} Pretrained] Loaded {len(loaded)} layers from {TORCHVISION_SOURCE}",
-            flush=True,
-        )
-        scores = TORCHVISION.meta["_metrics"]["ImageNet-1K"]
-        print(
-            f"[{title} Pretrained] {len(TORCHVISION.meta['categories'])} classes, "
-            f"top-1 {scores['acc@1']:.2f} %, top-5 {scores['acc@5']:.2f} % (torchvision's figures)",
-            flush=True,
-        )
-    else:
-        title, looked = "TwistNet", ", ".join(map(str, candidates(name)))
-        early = ("conv1.", "bn1.", "layer1.", "layer2.")
-        loaded = fill(
-            model, {k: x for k, x in tensors.items() if k.startswith(early)}, keep_head=False
-        )
-        parameters = dict(model.named_parameters())
-        count = sum(parameters[key].numel() for key in loaded if key in parameters)
-        total = sum(p.numel() for p in parameters.values())
-        print(
-            f"[ResNet-18 Fallback] WARNING: no TwistNet weights ({looked}); "
-            f"only stem, layer1 and layer2 come from {TORCHVISION_SOURCE}: {len(loaded)} tensors, "
-            f"{count:,} of {total:,} parameters = {100 * count / total:.1f} %. This is not "
-            "recommended: run pretrain_imagenet.py first.",
-            flush=True,
-        )
-    print_left_out(title, model, tensors, loaded)
-    return {"source": TORCHVISION_SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
+    return tensors
+
+
+def load_resnet(
+    model: nn.Module, name: str, tensors: dict[str, Tensor], *, keep_head: bool
+) -> list[str]:
+    """Load all that fits into ResNet-18 or SE-ResNet-18; the names of the tensors loaded."""
+    title = TITLES[name]
+    loaded = fill(model, tensors, keep_head=keep_head)
+    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {TORCHVISION_SOURCE}", flush=True)
+    scores = TORCHVISION.meta["_metrics"]["ImageNet-1K"]
+    print(
+        f"[{title} Pretrained] {len(TORCHVISION.meta['categories'])} classes, "
+        f"top-1 {scores['acc@1']:.2f} %, top-5 {scores['acc@5']:.2f} % (torchvision's figures)",
+        flush=True,
+    )
+    return loaded
+
+
+def load_twistnet_stem(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> list[str]:
+    """Load the stem, layer1 and layer2 alone, and warn; the names of the tensors loaded."""
+    early = {k: x for k, x in tensors.items() if k.startswith(EARLY_LAYERS)}
+    loaded = fill(model, early, keep_head=False)
+    parameters = {key: p.numel() for key, p in model.named_parameters()}
+    count = sum(parameters.get(key, 0) for key in loaded)
+    total = sum(parameters.values())
+    print(
+        f"[ResNet-18 Fallback] WARNING: no TwistNet weights "
+        f"({', '.join(map(str, candidates(name)))}); "
+        f"only stem, layer1 and layer2 come from {TORCHVISION_SOURCE}: {len(loaded)} tensors, "
+        f"{count:,} of {total:,} parameters = {100 * count / total:.1f} %. This is not "
+        "recommended: run pretrain_imagenet.py first.",
+        flush=True,
+    )
+    return loaded
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], *, keep_head: bool) -> list[str]:

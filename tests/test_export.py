@@ -20,7 +20,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 def write_checkpoint(name="resnet18"):
     """Run-like best.pt with BatchNorm statistics and a classifier that matter; its network."""
     torch.manual_seed(0)
-    model = build_model(name, len(CLASSES), "none")
+    model = build_model(name, len(CLASSES))
     torch.nn.init.normal_(model.fc.weight)
     model.train()(torch.randn(8, 3, 64, 64))
     torch.save(

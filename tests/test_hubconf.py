@@ -20,7 +20,7 @@ def load(name, **flags):
 
 def save(name, num_classes, path):
     """Weights of a new network; its state dict."""
-    state = build_model(name, num_classes, "none").state_dict()
+    state = build_model(name, num_classes).state_dict()
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)
     return state

@@ -29,7 +29,7 @@ def test_the_names_are_the_six():
 def test_parameters_are_counted(name):
     with torch.device("meta"):
         counts = tuple(
-            sum(p.numel() for p in build_model(name, classes, "none").parameters())
+            sum(p.numel() for p in build_model(name, classes).parameters())
             for classes in (1000, 47)
         )
     assert counts == COUNTS[name]
@@ -38,7 +38,7 @@ def test_parameters_are_counted(name):
 @pytest.mark.parametrize("name", COUNTS)
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
-    model = build_model(name, 7, "none")
+    model = build_model(name, 7)
     logits = model(torch.randn(2, 3, 64, 64))
     assert logits.shape == (2, 7)
     nn.functional.cross_entropy(logits, torch.tensor([1, 6])).backward()
@@ -51,7 +51,7 @@ def test_every_parameter_gets_a_gradient(name):
 @pytest.mark.parametrize("name", COUNTS)
 def test_no_classes_gives_the_pooled_features(name):
     torch.manual_seed(0)
-    model = build_model(name, 0, "none").eval()
+    model = build_model(name, 0).eval()
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         features = model.forward_features(images)
@@ -63,7 +63,7 @@ def test_no_classes_gives_the_pooled_features(name):
 def test_resnet18_gives_torchvisions_logits_bit_for_bit():
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=1000).eval()
-    ours = build_model("resnet18", 1000, "none").eval()
+    ours = build_model("resnet18", 1000).eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_twistnet_trains_under_ddp_autocast_and_channels_last(tmp_path):
     )
     try:
         torch.manual_seed(0)
-        model = build_model("twistnet18", 3, "none").to(memory_format=torch.channels_last)
+        model = build_model("twistnet18", 3).to(memory_format=torch.channels_last)
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         images = torch.randn(4, 3, 64, 64).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
@@ -146,11 +146,11 @@ def test_twistnet_trains_under_ddp_autocast_and_channels_last(tmp_path):
 
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(UserError) as error:
-        build_model("resnet50", 10, "none")
+        build_model("resnet50", 10)
     assert all(name in str(error.value) for name in COUNTS)
     assert "resnet50" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_negative_class_count_is_refused():
     with pytest.raises(UserError, match="-1"):
-        build_model("resnet18", -1, "none")
+        build_model("resnet18", -1)

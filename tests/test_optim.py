@@ -68,7 +68,7 @@ def test_warm_up_is_shorter_than_the_run(epochs, per_epoch, total, expected):
 
 @pytest.mark.parametrize("name", ["twistnet18", "seresnet18"])
 def test_only_weights_of_convolutions_and_linear_layers_decay(name):
-    model = build_model(name, 5, pretrained="none")
+    model = build_model(name, 5)
     optimizer = make_sgd(model, lr=0.1, weight_decay=1e-4)
     decayed, others = optimizer.param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (1e-4, 0.0)

@@ -21,7 +21,7 @@ CLASSES = ["banded", "dotted", "müll", "ringed", "woven", "wavy"]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = build_model("resnet18", len(CLASSES), "none")
+    model = build_model("resnet18", len(CLASSES))
     torch.nn.init.normal_(model.fc.weight)
     return model.eval()
 
@@ -110,7 +110,7 @@ def test_weights_with_and_without_their_json(model, capsys):
 
 
 def test_fewer_classes_than_five(capsys):
-    torch.save(build_model("resnet18", 2, "none").state_dict(), "two.pt")
+    torch.save(build_model("resnet18", 2).state_dict(), "two.pt")
     write_image(Path("one.png"), 1)
     call("one.png", "--checkpoint", "two.pt", "--img_size", 32, "--csv", "all.csv")
     assert capsys.readouterr().out.count(" %") == 2

@@ -16,6 +16,7 @@ import pretrain_imagenet
 from common.errors import Preempted, UserError
 from data.synthetic import write_imagenet_tree
 from models import build_model
+from models.weights import load_pretrained
 from training.checkpoint import load_checkpoint
 from training.distributed import World
 from training.preemption import StopRequest
@@ -129,7 +130,9 @@ def test_final_weights_are_the_last_epochs_and_load_as_torchvisions(tree):
     pretrain(tree)
     latest = torch.load("checkpoints/latest.pt", weights_only=True)
     assert_same(weights(), latest["model"])
-    assert build_model("resnet18", 3, "weights/resnet18_imagenet.pt", keep_head=True)
+    load_pretrained(
+        build_model("resnet18", 3), "resnet18", "weights/resnet18_imagenet.pt", keep_head=True
+    )
 
 
 @pytest.mark.parametrize(

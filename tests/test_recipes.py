@@ -99,7 +99,7 @@ def test_the_guides_schedule_is_the_one_it_names():
 def test_optimizer_is_timms_lamb_with_its_groups_for_decay(timm):
     from timm.optim import Lamb, param_groups_weight_decay
 
-    model = build_model("twistnet18", 5, "none")
+    model = build_model("twistnet18", 5)
     ours = OPTIMIZERS["lamb"](model, lr=A1["lr"], weight_decay=A1["weight_decay"])
     theirs = param_groups_weight_decay(model, weight_decay=A1["weight_decay"])
     assert isinstance(ours, Lamb) and ours.defaults["max_grad_norm"] == 1.0
@@ -168,7 +168,7 @@ def test_without_timm_it_is_said_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("name", ["resnet18", "seresnet18", "twistnet18"])
 def test_a_block_leaves_out_its_whole_branch_image_by_image(name):
-    model = build_model(name, 3, "none").train()
+    model = build_model(name, 3).train()
     names = list(model.state_dict())
     set_stochastic_depth(model, 0.7)
     blocks = [module for module in model.modules() if isinstance(module, Block)]

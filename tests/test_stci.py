@@ -102,7 +102,7 @@ def gradient_norm_with_one_position_at(value, *, dtype, fused):
     everywhere but at its largest position.
     """
     torch.manual_seed(0)
-    model = build_model("twistnet18", 10, "none").train()
+    model = build_model("twistnet18", 10).train()
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     model.to(precise)
     images, labels = torch.randn(4, 3, 64, 64, dtype=precise), torch.arange(4)
@@ -157,7 +157,7 @@ def test_a_fresh_model_has_the_directional_and_the_small_start():
     }
     want = torch.tensor([kernels[k] for k in range(4) for _ in range(8)])[:, None]
     torch.manual_seed(0)
-    model = build_model("twistnet18", 5, "none")
+    model = build_model("twistnet18", 5)
     blocks = [module for module in model.modules() if isinstance(module, STCI)]
     assert len(blocks) == 4
     for stci in blocks:

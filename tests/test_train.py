@@ -57,7 +57,7 @@ def same(one, other):
 
 def save_weights(name, classes=5, path=None, spoil=None):
     torch.manual_seed(3)
-    state = build_model(name, classes, "none").state_dict()
+    state = build_model(name, classes).state_dict()
     if spoil:
         state[spoil].view(-1)[0] = float("nan")
     path = Path(path or f"weights/{name}_imagenet.pt")

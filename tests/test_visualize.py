@@ -24,7 +24,7 @@ CLASSES = ["$banded$", "dotted"]
 def make(name="twistnet18"):
     """A network whose every part matters to its output."""
     torch.manual_seed(0)
-    model = build_model(name, len(CLASSES), "none")
+    model = build_model(name, len(CLASSES))
     for key, parameter in model.named_parameters():
         if ".norm." in key or ".proj" in key or key.startswith("fc."):
             torch.nn.init.normal_(parameter)
@@ -219,4 +219,4 @@ def test_an_output_folder_that_cannot_be_made_is_one_line():
 
 def test_no_model_error_escapes_its_class():
     with pytest.raises(UserError):
-        look_inside(build_model("seresnet18", 2, "none"), torch.randn(1, 3, 64, 64))
+        look_inside(build_model("seresnet18", 2), torch.randn(1, 3, 64, 64))

@@ -15,7 +15,7 @@ from torchvision.models import ResNet18_Weights
 
 from common.errors import UserError
 from models import MODELS, build_model, weights
-from models.weights import find_weights, load_trained, weights_identity
+from models.weights import find_weights, load_pretrained, load_trained, weights_identity
 
 CLASSES = 10
 FILE = Path("weights/twistnet18_imagenet.pt")
@@ -69,6 +69,12 @@ def torchvision_cache(tmp_path, state):
     torch.save(state, folder / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
 
 
+def load(name, num_classes, pretrained="auto", *, keep_head=False):
+    """A network and what load_pretrained says that it loaded."""
+    model = build_model(name, num_classes)
+    return model, load_pretrained(model, name, pretrained, keep_head=keep_head)
+
+
 def same(model, state, names):
     own = model.state_dict()
     return all(torch.equal(own[name], state[name]) for name in names)
@@ -80,7 +86,7 @@ RECORD = {"model": "twistnet18", "classes": 10, "epochs": 3, "top1": 41.256, "to
 def test_own_weights_are_found_and_reported_to_the_letter(states, capsys):
     state = states("twistnet18")
     save(state, **RECORD)
-    model = build_model("twistnet18", 47)
+    model, origin = load("twistnet18", 47)
     lines = capsys.readouterr().out.splitlines()
     body = [name for name in state if not name.startswith("fc.")]
     assert lines[0] == "[Auto-detected] Found TwistNet weights: weights/twistnet18_imagenet.pt"
@@ -94,8 +100,7 @@ def test_own_weights_are_found_and_reported_to_the_letter(states, capsys):
     ]
     assert same(model, state, body)
     digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
-    origin = {"source": str(FILE), "sha256": digest, "tensors_loaded": len(body)}
-    assert model.weights_origin == origin
+    assert origin == {"source": str(FILE), "sha256": digest, "tensors_loaded": len(body)}
     assert weights_identity("twistnet18") == {"source": str(FILE), "sha256": digest}
 
 
@@ -104,7 +109,7 @@ def test_the_trained_ais_layers_are_loaded(states):
     save(state)
     names = [name for name in state if ".ais.fc" in name]
     assert len(names) == 16
-    assert same(build_model("twistnet18", 3), state, names)
+    assert same(load("twistnet18", 3)[0], state, names)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +117,7 @@ def test_the_trained_ais_layers_are_loaded(states):
 )
 def test_the_baselines_own_files_have_their_names(name, title, states, capsys):
     save(states(name), f"weights/{name}_imagenet.pt")
-    build_model(name, 3)
+    load(name, 3)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"[Auto-detected] Found {title} weights: weights/{name}_imagenet.pt"
     assert re.fullmatch(
@@ -147,13 +152,13 @@ def test_weights_are_looked_for_here_then_beside_the_script(elsewhere):
 def test_ablations_take_what_fits_of_twistnet18(name, left_out, states, capsys):
     state = states("twistnet18")
     save(state)
-    model = build_model(name, 47)
+    model, origin = load(name, 47)
     own = model.state_dict()
     fitting = [
         k for k in own if k in state and state[k].shape == own[k].shape and not k.startswith("fc.")
     ]
     assert same(model, state, fitting)
-    assert model.weights_origin["tensors_loaded"] == len(fitting)
+    assert origin["tensors_loaded"] == len(fitting)
     out = capsys.readouterr().out
     assert f"[TwistNet Pretrained] Loaded {len(fitting)} layers from {FILE}\n" in out
     assert left_out in re.search("Left out of the file: (.*)", out)[1].split(", ")
@@ -171,7 +176,7 @@ def test_one_line_says_when_nothing_is_known(record, states, capsys):
     }
     if record in text:
         FILE.with_suffix(".json").write_text(text[record])
-    build_model("twistnet18", 10)
+    load("twistnet18", 10)
     line = capsys.readouterr().out.splitlines()[2]
     reason = {"missing": "no twist", "other sha256": "belongs to another file"}
     assert "Classes, epochs and accuracy unknown: " in line
@@ -181,9 +186,8 @@ def test_one_line_says_when_nothing_is_known(record, states, capsys):
 def test_torchvisions_weights_for_resnet18(states, elsewhere, capsys):
     state = {k: x for k, x in states("resnet18").items() if "num_batches" not in k}
     torchvision_cache(elsewhere, state)
-    model = build_model("resnet18", 47)
+    model, origin = load("resnet18", 47)
     assert same(model, state, [name for name in state if not name.startswith("fc.")])
-    origin = model.weights_origin
     assert origin["sha256"] is None and origin["tensors_loaded"] == 100
     assert weights_identity("resnet18") == {"source": origin["source"], "sha256": None}
     assert "torchvision" in origin["source"]
@@ -193,7 +197,7 @@ def test_torchvisions_weights_for_resnet18(states, elsewhere, capsys):
 def test_torchvisions_weights_for_seresnet18_leave_se_new(states, elsewhere, capsys):
     state = states("resnet18")
     torchvision_cache(elsewhere, state)
-    model = build_model("seresnet18", 47)
+    model, origin = load("seresnet18", 47)
     assert same(model, state, [name for name in state if not name.startswith("fc.")])
     new = re.search("New in the network: (.*)", capsys.readouterr().out)[1].split(", ")
     assert len(new) == 9 and new[0] == "layer1.0.se.*" and new[-1] == "fc.*"
@@ -202,28 +206,28 @@ def test_torchvisions_weights_for_seresnet18_leave_se_new(states, elsewhere, cap
 def test_a_wrong_file_in_torchvisions_place_is_refused(states, elsewhere):
     torchvision_cache(elsewhere, dict(list(states("resnet18").items())[:50]))
     with torch.device("meta"), pytest.raises(UserError, match="resnet18-.* is no ResNet-18"):
-        build_model("twistnet18", 3)
+        load("twistnet18", 3)
 
 
 def test_a_head_is_not_kept_on_a_part(states):
     save(states("twistnet18"))
     with torch.device("meta"), pytest.raises(UserError, match="it holds twistnet18"):
-        build_model("twistnet18_no_ais", CLASSES, keep_head=True)
+        load("twistnet18_no_ais", CLASSES, keep_head=True)
 
 
 def test_seresnet18_takes_a_resnet18_file(states):
     save(states("resnet18"), "r.pt")
-    assert build_model("seresnet18", 3, "r.pt").weights_origin["tensors_loaded"] == 120
+    assert load("seresnet18", 3, "r.pt")[1]["tensors_loaded"] == 120
 
 
 @pytest.mark.parametrize("name", ["twistnet18", "twistnet18_no_ais"])
 def test_the_fallback_takes_the_early_layers_and_warns(name, states, elsewhere, capsys):
     state = states("resnet18")
     torchvision_cache(elsewhere, state)
-    model = build_model(name, 1000)
+    model, origin = load(name, 1000)
     early = [k for k in state if k.startswith(("conv1", "bn1", "layer1.", "layer2."))]
     assert same(model, state, early)
-    assert model.weights_origin["tensors_loaded"] == len(early)
+    assert origin["tensors_loaded"] == len(early)
     assert not torch.equal(model.layer3[0].conv1.weight, state["layer3.0.conv1.weight"])
     out = capsys.readouterr().out
     assert "[TwistNet Pretrained] Loaded" not in out
@@ -239,7 +243,7 @@ def test_the_fallback_takes_the_early_layers_and_warns(name, states, elsewhere, 
 def test_no_weights_and_no_network_is_one_clear_error(elsewhere):
     for name in MODELS:
         with torch.device("meta"), pytest.raises(UserError) as error:
-            build_model(name, 10)
+            load(name, 10)
         message = str(error.value)
         assert f"weights/{name}_imagenet.pt" in message
         assert str(elsewhere / "script" / "weights" / f"{name}_imagenet.pt") in message
@@ -248,20 +252,20 @@ def test_no_weights_and_no_network_is_one_clear_error(elsewhere):
 
 def test_none_starts_new_whatever_lies_there(states, capsys):
     save(states("twistnet18"))
-    model = build_model("twistnet18", 10, "none")
-    origin = {"source": "none", "sha256": None, "tensors_loaded": 0}
-    assert model.weights_origin == origin and capsys.readouterr().out == ""
+    model, origin = load("twistnet18", 10, "none")
+    assert origin == {"source": "none", "sha256": None, "tensors_loaded": 0}
+    assert capsys.readouterr().out == ""
     assert weights_identity("twistnet18", "none") == {"source": "none", "sha256": None}
 
 
 def test_the_classifier_starts_new_unless_it_is_kept(states):
     state = states("resnet18")
     save(state, "r.pt")
-    assert not same(build_model("resnet18", CLASSES, "r.pt"), state, ["fc.weight"])
-    assert same(build_model("resnet18", CLASSES, "r.pt", keep_head=True), state, list(state))
+    assert not same(load("resnet18", CLASSES, "r.pt")[0], state, ["fc.weight"])
+    assert same(load("resnet18", CLASSES, "r.pt", keep_head=True)[0], state, list(state))
     with pytest.raises(UserError, match=r"r.pt: fc.weight is \(10, 512\).*\(11, 512\)"):
-        build_model("resnet18", 11, "r.pt", keep_head=True)
-    assert build_model("resnet18", 0, "r.pt").weights_origin["tensors_loaded"] == 120
+        load("resnet18", 11, "r.pt", keep_head=True)
+    assert load("resnet18", 0, "r.pt")[1]["tensors_loaded"] == 120
 
 
 @pytest.mark.parametrize(
@@ -277,7 +281,7 @@ def test_wrapped_files_are_opened(prefix, key, states):
     state = states("resnet18")
     wrapped = {prefix + name: x for name, x in state.items()}
     save(wrapped if key is None else {key: wrapped, "epoch": 3}, "w.pt")
-    model = build_model("resnet18", CLASSES, "w.pt", keep_head=True)
+    model, origin = load("resnet18", CLASSES, "w.pt", keep_head=True)
     assert same(model, state, list(state))
 
 
@@ -308,9 +312,9 @@ def test_a_file_that_carries_code_is_refused_and_runs_nothing(evil, old_format, 
     assert "carries code" in refused("evil.pt")
     Path("evil.pt").write_bytes(pickle.dumps(evil(), protocol=2))
     refused("evil.pt")
-    for load in (load_trained, lambda path: build_model("resnet18", 10, path, keep_head=True)):
+    for read in (load_trained, lambda path: load("resnet18", 10, path, keep_head=True)):
         with pytest.raises(UserError):
-            load("evil.pt")
+            read("evil.pt")
     assert not Path("was_run").exists()
 
 
@@ -429,11 +433,11 @@ def test_authors_checkpoints_give_the_same_logits(name, states):
     theirs = {f"module.{k}": x for k, x in to_authors(state).items()}
     assert "module.layer4.1.mhstci.heads.3.reduce.0.weight" in theirs
     save({"state_dict": theirs, "epoch": 600}, "authors.pt")
-    loaded = build_model(name, CLASSES, "authors.pt", keep_head=True).eval()
-    assert loaded.weights_origin["tensors_loaded"] == len(state)
+    loaded, origin = load(name, CLASSES, "authors.pt", keep_head=True)
+    assert origin["tensors_loaded"] == len(state)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(loaded(images), ours(images))
+        assert torch.equal(loaded.eval()(images), ours(images))
 
 
 def test_authors_first_order_is_refused_with_the_reason(states):

@@ -21,7 +21,7 @@ def make_step(name: str, *, plain: bool, batch_size: int, img_size: int) -> Call
     """One step of training (forward, backward, optimizer) on a batch that lies on the device."""
     world = start_processes()
     torch.manual_seed(0)
-    model = build_model(name, 1000, "none").to(world.device)
+    model = build_model(name, 1000).to(world.device)
     batch = torch.randn(batch_size, 3, img_size, img_size, device=world.device)
     labels = torch.randint(1000, (batch_size,), device=world.device)
     targets = F.one_hot(labels, 1000).float()
