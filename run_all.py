@@ -28,9 +28,10 @@ from sweeps.launching import AGAIN, BUSY, DONE, FAILED, Cell, Line, LocalPool, m
 from sweeps.slurm import submit
 from sweeps.tables import write_tables
 from training.preemption import StopRequest
+from training.run_config import CONFIG, load_config, load_finished
 from training.run_dir import Folder
 
-OWN = {"fold": "--folds", "seed": "--seeds", "model": "--models", "overwrite": "--force"}
+OWN = {"fold": "--folds", "seed": "--seeds", "model": "--models"}
 ROOT = Path(__file__).resolve().parent
 
 
@@ -58,7 +59,7 @@ def make_parser() -> Parser:
         help="where the run folders and the table go",
     )
     sweep.add_argument(
-        "--force",
+        "--overwrite",
         action="store_true",
         help="run every cell anew; what lies there moves to RUN_DIR/overwritten",
     )
@@ -203,26 +204,23 @@ def make_plan(args, forwarded: list[str]) -> Plan:
             for model in args.models:
                 line, cell_args = single(model, fold, seed)
                 folder = train.run_folder(cell_args)
-                cell_args.overwrite = args.force
+                cell_args.overwrite = args.overwrite
                 config = train.make_config(cell_args, splits[fold], device)
                 if args.launcher == "slurm":  # the node's device decides, and train.py checks it
-                    config["precision"] = train.precision_of(folder) or config["precision"]
+                    old = load_config(folder) or {}
+                    config["precision"] = old.get("precision") or config["precision"]
                 plan.configs[folder] = config
                 script = str(Path(train.__file__).resolve())
-                look_at(plan, Cell(folder, [sys.executable, "-u", script, *line]), args.force)
+                look_at(plan, Cell(folder, [sys.executable, "-u", script, *line]), args.overwrite)
     return plan
 
 
-def look_at(plan: Plan, cell: Cell, force: bool) -> None:
+def look_at(plan: Plan, cell: Cell, overwrite: bool) -> None:
     """Put a cell where it belongs."""
     try:
-        results = None if force else train.finished(cell.folder, plan.configs[cell.folder])
+        results = None if overwrite else load_finished(cell.folder, plan.configs[cell.folder])
     except UserError as error:
-        print(
-            f"not reused: {error}".replace("--overwrite moves", "--force moves"),
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"not reused: {error}", file=sys.stderr, flush=True)
         plan.other.append(cell.name)
         return
     if results:
@@ -237,9 +235,9 @@ def set_aside(run_dir: Path, cells: list[Cell]) -> None:
     for folder in held:
         folder.lock()  # until this function ends
     for folder in held:
-        if folder.holds_run() or (folder.path / train.CONFIG).exists():
+        if folder.holds_run() or (folder.path / CONFIG).exists():
             aside = folder.set_aside(run_dir / "overwritten" / folder.path.name)
-            print(f"--force: the old run now lies in {aside}", flush=True)
+            print(f"--overwrite: the old run now lies in {aside}", flush=True)
 
 
 def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]:
@@ -249,7 +247,7 @@ def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]
 
     def results_of(cell: Cell) -> dict | None:
         try:
-            return train.finished(cell.folder, plan.configs[cell.folder])
+            return load_finished(cell.folder, plan.configs[cell.folder])
         except UserError as error:
             problems[cell.folder] = f": {error}"
 
@@ -287,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = make_plan(args, forwarded)
     if args.dry_run:
         for cell in plan.cells:
-            print(shlex.join(cell.command + ["--overwrite"] * args.force))
+            print(shlex.join(cell.command + ["--overwrite"] * args.overwrite))
         return
     grid = {
         "dataset": plan.dataset,
@@ -298,11 +296,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(args.run_dir / "sweep.json", grid)
-        if args.force:
+        if args.overwrite:
             set_aside(args.run_dir, plan.cells)
     except OSError as error:
         raise UserError(f"--run_dir {args.run_dir} cannot be written ({error.strerror})") from error
-    started = sum((cell.folder / train.CONFIG).exists() for cell in plan.cells)
+    started = sum((cell.folder / CONFIG).exists() for cell in plan.cells)
     print(
         f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.cells)} to do "
         f"({started} of them begun), {len(plan.other)} of other settings",
@@ -315,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     failed, left = run_here(args, plan, stop)
     print(write_tables(args.run_dir, **grid, skip=plan.other), flush=True)
     if left:
-        again = "the same command without --force" if args.force else "the same command"
+        again = "the same command without --overwrite" if args.overwrite else "the same command"
         raise Preempted(
             f"stopped by {stop.reason or 'a signal to a run'} with {len(left)} runs to "
             f"do: {again} goes on"

@@ -19,7 +19,7 @@ from torch import nn
 
 from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.processes import ignore_stop_signals, usable_cpus
 from data.cache import decoded
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
@@ -31,16 +31,24 @@ from data.transforms import EvalTransform, make_augmentation, normalise
 from models import MODELS, build_model
 from models.twistnet import TwistBlock
 from models.weights import load_pretrained, weights_identity
+from training import run_config
 from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
 from training.distributed import World, start_processes
 from training.engine import Trainer, choose_precision, evaluate
 from training.loop import Progress, Run, restore
 from training.optim import lr_at, make_sgd, warmup_steps
 from training.preemption import StopRequest
+from training.run_config import (
+    CONFIG,
+    RESULTS,
+    check_same_config,
+    load_config,
+    load_finished,
+    run_name,
+)
 from training.run_dir import Folder, provenance
 from training.tensorboard import Board
 
-CONFIG, RESULTS = "config.json", "results.json"
 RECIPE = {
     "momentum": 0.9,
     "nesterov": True,
@@ -153,8 +161,7 @@ def make_parser() -> Parser:
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    name = f"{args.dataset}_fold{args.fold}_{args.model}_seed{args.seed}"
-    return args.run_dir / name
+    return args.run_dir / run_name(args.dataset, args.fold, args.model, args.seed)
 
 
 def load_data(args: argparse.Namespace) -> Splits:
@@ -168,71 +175,27 @@ def load_data(args: argparse.Namespace) -> Splits:
 def make_config(args: argparse.Namespace, splits: Splits, device: torch.device) -> dict:
     """What this run is; two runs with the same configuration give the same results.
 
-    A run that another machine has begun keeps the precision that was that machine's default.
+    A run that was started on another machine keeps the default precision of that machine.
     """
     precision = choose_precision(device, args.amp)
     if args.amp is None and not args.overwrite:
-        precision = precision_of(run_folder(args)) or precision
-    names = ["dataset", "fold", "seed", "model", "epochs", "batch_size", "lr", "img_size"]
-    if args.dataset == "folder":
-        names.append("num_folds")
-    return {
-        **{name: getattr(args, name) for name in names},
-        "precision": precision,
-        **RECIPE,
-        "data": fingerprint(splits),
-        "weights": weights_identity(args.model, args.pretrained),
-        "data_dir": str(args.data_dir.resolve()),
-    }
-
-
-def precision_of(folder: Path) -> str | None:
-    """That of the run in `folder`, if there is one."""
-    results = read_json(folder / RESULTS) or {}
-    return (results.get("settings") or read_json(folder / CONFIG) or {}).get("precision")
-
-
-def differences(old: dict, new: dict) -> list[str]:
-    """What two configurations differ in, as "name old → new". Paths may differ: contents count."""
-
-    def comparable(config: dict) -> dict:
-        weights = config.get("weights") or {}
-        return {
-            **{k: v for k, v in config.items() if k not in ("data_dir", "weights")},
-            "weights": weights.get("sha256") or weights.get("source"),
-        }
-
-    old, new = comparable(old), comparable(new)
-    return [
-        f"{name} {old.get(name)} → {new.get(name)}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
-
-
-def finished(folder: Path, config: dict) -> dict | None:
-    """The results of a finished run of this configuration, or None.
-
-    UserError where the folder holds a run of another configuration, finished or not.
-    """
-    results = read_json(folder / RESULTS)
-    old = (
-        {**results.get("settings", {}), "weights": results.get("weights")}
-        if results
-        else (read_json(folder / CONFIG))
+        precision = (load_config(run_folder(args)) or {}).get("precision") or precision
+    return run_config.make_config(
+        dataset=args.dataset,
+        fold=args.fold,
+        num_folds=args.num_folds,
+        seed=args.seed,
+        model=args.model,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        img_size=args.img_size,
+        precision=precision,
+        recipe=RECIPE,
+        data=fingerprint(splits),
+        weights=weights_identity(args.model, args.pretrained),
+        data_dir=args.data_dir,
     )
-    if old:
-        check_same(folder, old, config)
-    return results
-
-
-def check_same(folder: Path, old: dict, config: dict) -> None:
-    changed = differences(old, config)
-    if changed:
-        raise UserError(
-            f"{folder} holds a run with other settings ({'; '.join(changed)}): "
-            "--overwrite moves it aside, another --run_dir leaves it alone"
-        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.overwrite and (folder.holds_run() or (folder.path / CONFIG).exists()):
         aside = folder.set_aside(args.run_dir / "overwritten" / folder.path.name)
         print(f"--overwrite: the old run now lies in {aside}", flush=True)
-    results = finished(folder.path, config)
+    results = load_finished(folder.path, config)
     if results:
         print(
             f"{folder.path} is finished: val_acc {results['val_acc']:.1f}, test_acc "
@@ -303,7 +266,7 @@ def load_started(folder: Path, config: dict) -> dict | None:
     if not any((folder / name).exists() for name in (LATEST, PREVIOUS)):
         return None
     state, warning = load_checkpoint(folder / LATEST)
-    check_same(folder, state["config"], config)
+    check_same_config(folder, state["config"], config)
     print(warning or f"going on with {folder / LATEST}", flush=True)
     return state
 

@@ -8,8 +8,8 @@ import io
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from common.files import write_atomic
 from sweeps.grid import Sweep, read_sweep
-from sweeps.results import write_atomic
 from sweeps.rows import Row, counted, footnotes, make_rows, pick_baseline
 from sweeps.statistics import Comparison, Summary
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from common.files import is_locked
 from sweeps import launching
 from sweeps.launching import (
     AGAIN,
@@ -18,11 +19,9 @@ from sweeps.launching import (
     Cell,
     Line,
     LocalPool,
-    in_use,
     make_slots,
     tail,
 )
-from training import command_line, record
 
 
 def cell(folder: Path, name: str, code: str) -> Cell:
@@ -120,10 +119,10 @@ def test_a_cell_of_another_process_is_waited_for_while_others_run(tmp_path, monk
     )
     while not (one.folder / "locked").exists():
         time.sleep(0.02)
-    assert in_use(one.folder)
+    assert is_locked(one.folder)
     assert run_pool([one, other]) == [("a", BUSY), ("b", DONE), ("a", DONE)]
     holder.wait()
-    assert not in_use(one.folder) and not in_use(tmp_path / "not there")
+    assert not is_locked(one.folder) and not is_locked(tmp_path / "not there")
 
 
 def test_a_cell_that_another_process_took_first_is_no_failure(tmp_path, monkeypatch):
@@ -210,12 +209,3 @@ def test_the_line_has_counts_and_mean_accuracies(capsys):
         "[2/4] x: val_acc 25.0, test_acc 20.0, 61 s",
         "[3/4] y: val_acc 1.0, test_acc 5.0, 1 s",
     ]
-
-
-def test_it_speaks_of_the_same_things_as_train_py():
-    assert (launching.EXIT_USAGE, launching.EXIT_BUSY, launching.EXIT_PREEMPTED) == (
-        command_line.EXIT_USAGE,
-        command_line.EXIT_BUSY,
-        command_line.EXIT_PREEMPTED,
-    )
-    assert launching.LOCK == record.LOCK

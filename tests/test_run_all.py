@@ -16,10 +16,9 @@ import torch
 import run_all
 import train
 from common.cli import run
-from common.errors import UserError
+from common.files import is_locked
 from common.processes import STOP_SIGNALS
 from data.synthetic import write_dtd
-from sweeps.launching import in_use
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE, TWO = "dtd_fold1_resnet18_seed42", "dtd_fold2_resnet18_seed42"
@@ -65,7 +64,7 @@ def flags(run_dir, *more, models="resnet18", epochs=1) -> list[str]:
 
 def call(*argv: str) -> int:
     with pytest.raises(SystemExit) as left:
-        run(lambda: run_all.main(list(argv)), UserError, UserError, UserError)
+        run(lambda: run_all.main(list(argv)))
     return left.value.code
 
 
@@ -112,8 +111,8 @@ def test_runs_of_other_settings_are_named_first_and_neither_reused_nor_touched(s
     out, err = capsys.readouterr()
     first, second, *_, last = err.splitlines()
     assert first.startswith(
-        f"not reused: {Path('my runs', ONE)} holds a run with other settings "
-        "(epochs 1 → 2): --force moves it aside"
+        f"not reused: {Path('my runs', ONE)} already contains a run with different settings "
+        "(epochs 1 → 2): archive it with --overwrite, or choose another --run_dir"
     )
     assert TWO in second
     assert last == f"failed or not reused: {ONE}, {TWO}"
@@ -131,7 +130,7 @@ def test_dry_run_prints_commands_that_work_when_pasted(swept, capsys):
     assert call(*flags("my runs", "--dry_run", epochs=2)) == 0
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("not reused: ")  # nothing but commands for GNU parallel
-    assert call(*flags("my runs", "--dry-run", "--force")) == 0
+    assert call(*flags("my runs", "--dry-run", "--overwrite")) == 0
     assert shlex.split(capsys.readouterr().out)[-1] == "--overwrite"
     assert files(swept) == before
     subprocess.run(line, shell=True, check=True, capture_output=True)
@@ -139,10 +138,10 @@ def test_dry_run_prints_commands_that_work_when_pasted(swept, capsys):
     assert "2 runs: 2 finished, 0 to do" in capsys.readouterr().out
 
 
-def test_force_runs_again_and_keeps_the_old_run(swept, capsys):
+def test_overwrite_runs_again_and_keeps_the_old_run(swept, capsys):
     old = (swept / ONE / "results.json").read_text()
-    assert call(*flags("my runs", "--force")) == 0
-    assert "--force: the old run now lies in" in capsys.readouterr().out
+    assert call(*flags("my runs", "--overwrite")) == 0
+    assert "--overwrite: the old run now lies in" in capsys.readouterr().out
     (aside,) = (swept / "overwritten").iterdir()
     assert aside.name.startswith(ONE) and (aside / "results.json").read_text() == old
     assert (aside / "output.log").exists()
@@ -191,7 +190,7 @@ def test_a_run_that_was_stopped_alone_leaves_the_sweep_unfinished(fake_train, tm
     assert "with 1 runs to do: the same command goes on" in capsys.readouterr().err
 
 
-def test_force_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
+def test_overwrite_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
     holder = subprocess.Popen(
         [
             sys.executable,
@@ -208,7 +207,7 @@ def test_force_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
     )
     holder.stdout.readline()
     before = files(swept)
-    assert call(*flags("my runs", "--folds", "1-2", "--force")) == 3
+    assert call(*flags("my runs", "--folds", "1-2", "--overwrite")) == 3
     holder.communicate(b"\n")
     assert "in use by another running process" in capsys.readouterr().err
     assert files(swept) == before
@@ -222,7 +221,6 @@ def test_force_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
         (["--seeds", "1,1"], ["1,1"]),
         (["--models", "resnet18,resnet50"], ["resnet50", "twistnet18_no_ais"]),
         (["--fold", "1"], ["--fold is for train.py", "--folds"]),
-        (["--overwrite"], ["--force"]),
         (["--epoch", "1"], ["--epoch"]),
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--data_dir", "nowhere"], ["nowhere"]),
@@ -289,7 +287,7 @@ def test_a_sweep_goes_on_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
         output = sweep.communicate()[0]
         assert sweep.returncode in (75, -signal.SIGKILL), output
         assert sweep.returncode < 0 or "1 runs to do: the same command goes on" in output
-        wait_until(lambda: not in_use(folder), 15)  # no orphan works on
+        wait_until(lambda: not is_locked(folder), 15)  # no orphan works on
         assert time.monotonic() - stopped < 20
         assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
         assert not (folder / "results.json").exists()

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import write_atomic
 from sweeps.curves import draw_curves, draw_gates, draw_learning
 from sweeps.figures import draw_classes, draw_confusion, draw_paired
 from sweeps.grid import Sweep, read_sweep
 from sweeps.page import build_page
-from sweeps.results import read_log, write_atomic
+from sweeps.results import read_log
 from sweeps.rows import Row, best_label, footnotes, make_rows, pick_baseline
 from sweeps.tables import write_table_files
 

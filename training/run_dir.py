@@ -15,8 +15,9 @@ import torchvision
 
 from common.files import open_lock, remove_temporary_files, write_atomic, write_json
 from training.checkpoint import BEST, LATEST, PREVIOUS
+from training.run_config import LOG
 
-LOG, EVENTS, STATUS = "log.jsonl", "events.jsonl", "status.json"
+EVENTS, STATUS = "events.jsonl", "status.json"
 
 
 class Folder:

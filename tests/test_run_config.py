@@ -1,0 +1,89 @@
+"""training/run_config.py: what a run is, and when two runs are the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import UserError
+from training.run_config import (
+    CONFIG,
+    RESULTS,
+    check_same_config,
+    describe_differences,
+    find_differences,
+    load_config,
+    load_finished,
+    make_config,
+    parse_run_name,
+    run_name,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def config(**changes) -> dict:
+    values = {
+        "dataset": "dtd", "fold": 1, "num_folds": 10, "seed": 42, "model": "resnet18",
+        "epochs": 100, "batch_size": 32, "lr": 0.01, "img_size": 224, "precision": "fp32",
+        "recipe": {"weight_decay": 1e-4}, "data": "abc",
+        "weights": {"source": "w.pt", "sha256": "12"}, "data_dir": Path("data/dtd"),
+    }  # fmt: skip
+    return make_config(**{**values, **changes})
+
+
+def test_a_run_name_is_read_back_as_its_parts():
+    name = run_name("kth_tips2b", 3, "twistnet18_no_ais", 42)
+    assert name == "kth_tips2b_fold3_twistnet18_no_ais_seed42"
+    assert parse_run_name(name) == {
+        "dataset": "kth_tips2b",
+        "fold": 3,
+        "model": "twistnet18_no_ais",
+        "seed": 42,
+    }
+    assert parse_run_name("overwritten") is None and parse_run_name(name + ".old") is None
+
+
+def test_the_number_of_reshuffles_belongs_to_the_folder_dataset_only():
+    assert "num_folds" not in config()
+    assert config(dataset="folder")["num_folds"] == 10
+
+
+def test_differences_are_named_and_paths_do_not_count():
+    old = config()
+    moved = config(data_dir=Path("elsewhere"), weights={"source": "other.pt", "sha256": "12"})
+    assert find_differences(old, moved) == {}
+    new = config(epochs=10, weights={"source": "w.pt", "sha256": "34"})
+    assert find_differences(old, new) == {"epochs": (100, 10), "weights": ("12", "34")}
+    assert describe_differences(old, new) == "epochs 100 → 10; weights 12 → 34"
+    assert find_differences(old, new, ignore=("epochs", "weights")) == {}
+    without = {name: value for name, value in old.items() if name != "lr"}
+    assert describe_differences(without, old) == "lr None → 0.01"
+
+
+def test_a_run_of_other_settings_is_refused_with_the_remedies(tmp_path):
+    check_same_config(tmp_path, config(), config())
+    with pytest.raises(UserError, match=r"different settings \(lr 0.01 → 0.1\): .*--overwrite"):
+        check_same_config(tmp_path, config(), config(lr=0.1))
+
+
+def test_the_configuration_is_found_in_started_and_in_finished_runs(tmp_path):
+    assert load_config(tmp_path) is None and load_finished(tmp_path, config()) is None
+    (tmp_path / CONFIG).write_text(json.dumps(config()))
+    assert load_config(tmp_path) == config()
+    assert load_finished(tmp_path, config()) is None
+    settings = {name: value for name, value in config().items() if name != "weights"}
+    results = {"settings": settings, "weights": config()["weights"], "test_acc": 70.0}
+    (tmp_path / CONFIG).unlink()
+    (tmp_path / RESULTS).write_text(json.dumps(results))
+    assert load_config(tmp_path) == config()
+    assert load_finished(tmp_path, config())["test_acc"] == 70.0
+    with pytest.raises(UserError, match="seed 42 → 43"):
+        load_finished(tmp_path, config(seed=43))
+
+
+def test_it_does_not_import_torch():
+    code = "import sys, training.run_config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,132 @@
+"""What one fine-tuning run is: the name of its folder, and the configuration that defines it.
+
+Two runs with the same configuration give the same results. Nothing here imports torch, so that a
+sweep can be tabulated on a machine without it.
+"""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import read_json
+
+CONFIG, RESULTS, LOG = "config.json", "results.json", "log.jsonl"
+RUN_NAME = re.compile(r"(?P<dataset>.+)_fold(?P<fold>\d+)_(?P<model>.+)_seed(?P<seed>-?\d+)")
+
+
+def run_name(dataset: str, fold: int, model: str, seed: int) -> str:
+    """Name of the run's folder inside of RUN_DIR."""
+    return f"{dataset}_fold{fold}_{model}_seed{seed}"
+
+
+def parse_run_name(name: str) -> dict | None:
+    """The dataset, fold, model and seed in a folder's name; None for any other folder."""
+    match = RUN_NAME.fullmatch(name)
+    if match is None:
+        return None
+    return {**match.groupdict(), "fold": int(match["fold"]), "seed": int(match["seed"])}
+
+
+def make_config(
+    *,
+    dataset: str,
+    fold: int,
+    num_folds: int,
+    seed: int,
+    model: str,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    img_size: int,
+    precision: str,
+    recipe: dict,
+    data: str,
+    weights: dict,
+    data_dir: Path,
+) -> dict:
+    """The configuration of a run, as config.json stores it.
+
+    Args:
+        num_folds: number of reshuffles; it defines the splits of `--dataset folder` only.
+        recipe: what no flag changes (weight decay, augmentation, …).
+        data: fingerprint of the class names, files and labels of the three splits.
+        weights: {"source", "sha256"} of the initial weights.
+    """
+    config = {
+        "dataset": dataset,
+        "fold": fold,
+        "seed": seed,
+        "model": model,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "img_size": img_size,
+    }
+    if dataset == "folder":
+        config["num_folds"] = num_folds
+    return {
+        **config,
+        "precision": precision,
+        **recipe,
+        "data": data,
+        "weights": weights,
+        "data_dir": str(data_dir.resolve()),
+    }
+
+
+def load_config(folder: Path) -> dict | None:
+    """The configuration of the run in `folder`, finished or not; None where there is no run."""
+    results = read_json(folder / RESULTS)
+    return config_of(results) if results else read_json(folder / CONFIG)
+
+
+def config_of(results: dict) -> dict:
+    """The configuration in a results.json, which stores the weights beside the settings."""
+    return {**(results.get("settings") or {}), "weights": results.get("weights")}
+
+
+def find_differences(
+    old: dict, new: dict, ignore: Collection[str] = ("data_dir",)
+) -> dict[str, tuple]:
+    """What two configurations differ in: name → (old value, new value).
+
+    Weights are compared by their contents, wherever they are stored.
+    """
+    old, new = _comparable(old), _comparable(new)
+    return {
+        name: (old.get(name), new.get(name))
+        for name in {**old, **new}
+        if name not in ignore and old.get(name) != new.get(name)
+    }
+
+
+def _comparable(config: dict) -> dict:
+    weights = config.get("weights") or {}
+    return {**config, "weights": weights.get("sha256") or weights.get("source")}
+
+
+def describe_differences(old: dict, new: dict) -> str:
+    """What two configurations differ in, as "epochs 100 → 10; lr 0.01 → 0.1"; "" if in nothing."""
+    return "; ".join(f"{k} {a} → {b}" for k, (a, b) in find_differences(old, new).items())
+
+
+def check_same_config(folder: Path, old: dict, new: dict) -> None:
+    """Raise UserError if the run in `folder`, of configuration `old`, is not that of `new`."""
+    changes = describe_differences(old, new)
+    if changes:
+        raise UserError(
+            f"{folder} already contains a run with different settings ({changes}): "
+            "archive it with --overwrite, or choose another --run_dir"
+        )
+
+
+def load_finished(folder: Path, config: dict) -> dict | None:
+    """The results of the finished run of this configuration in `folder`, or None.
+
+    Raises UserError where the folder contains a run of another configuration, finished or not.
+    """
+    old = load_config(folder)
+    if old:
+        check_same_config(folder, old, config)
+    return read_json(folder / RESULTS)
