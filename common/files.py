@@ -91,7 +91,11 @@ def read_text(path: Path) -> str:
 
     Raises OSError. Lists and tables that come with datasets are written on all kinds of systems.
     """
-    content = path.read_bytes()
+    return decode_text(path.read_bytes())
+
+
+def decode_text(content: bytes) -> str:
+    """Decode the bytes of a text file as read_text does."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", errors="replace")
     try:
@@ -138,10 +142,11 @@ def try_lock(file) -> bool:
     return True
 
 
-def open_lock(folder: Path):
+def open_lock(folder: Path, *, required: bool = True):
     """Create `folder` and lock it for this process, until the returned file is closed.
 
-    Raises Busy where another process holds it, and UserError where it cannot be locked at all.
+    Raises Busy where another process holds it, and UserError where it cannot be written, or, if
+    the lock is `required`, is on a file system without locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +160,8 @@ def open_lock(folder: Path):
             if attempt < LOCK_ATTEMPTS - 1:
                 time.sleep(1)
     except OSError as error:
+        if not required:
+            return file
         file.close()
         raise UserError(
             f"{folder} is on a file system without locks ({error.strerror}): use another folder"
@@ -164,9 +171,12 @@ def open_lock(folder: Path):
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder` inside a with block; raises as open_lock does."""
-    with open_lock(folder):
+def lock_folder(folder: Path, *, required: bool = True) -> Iterator[None]:
+    """Hold the lock of `folder` inside a with block; raises as open_lock does.
+
+    With `required` False, a folder on a file system without locks is used without one.
+    """
+    with open_lock(folder, required=required):
         yield
 
 

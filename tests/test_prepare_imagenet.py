@@ -1,6 +1,7 @@
-"""tools/prepare_imagenet.py and data/ilsvrc*.py, on archives made here in the official formats."""
+"""tools/prepare_imagenet, on archives made here in the official formats."""
 
 import csv
+import errno
 import hashlib
 import io
 import os
@@ -16,11 +17,13 @@ import pytest
 import torchvision.datasets.imagenet as official
 from PIL import Image
 
-from common.errors import UserError
-from data.ilsvrc import shortfall
-from data.ilsvrc_labels import read_val_labels
+from common import files
+from common.errors import Busy, UserError
+from common.files import lock_folder
 from data.imagenet import load_imagenet
-from tools.prepare_imagenet import locked, main, parse_args
+from tools.prepare_imagenet.__main__ import main, parse_args
+from tools.prepare_imagenet.labels import read_val_labels
+from tools.prepare_imagenet.verify import describe_missing
 
 REPO = Path(__file__).resolve().parents[1]
 # In the order of ILSVRC2012_ID, which is not the alphabet's.
@@ -269,6 +272,73 @@ def test_tiny_imagenet():
     assert contents() == expected()
 
 
+def test_tiny_imagenet_whose_validation_images_were_moved_into_class_folders():
+    write_train_folder("src/train", inner="images")
+    for name, wnid in LABELS.items():
+        write(f"src/val/images/{wnid}/{name}", image(name))
+    prepare()
+    assert contents() == expected()
+
+
+@pytest.mark.parametrize("prefix", ["", "./"])
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        ("ILSVRC2012_devkit_t12.tar.gz", "w:gz"),
+        ("ILSVRC2012_devkit_t12.tar.gz", "w"),  # a browser unpacked it and kept its name
+        ("ILSVRC2012_devkit_t12.tar", "w"),
+        ("ILSVRC2012_devkit_t12.tar", "w:gz"),
+    ],
+)
+def test_the_devkit_is_read_however_it_was_downloaded_or_packed_again(name, mode, prefix):
+    kit = {prefix + name: content for name, content in devkit_files().items()}
+    kit["__MACOSX/ILSVRC2012_devkit_t12/data/._meta.mat"] = b"a resource fork"
+    write(f"src/{name}", tar(kit, mode))
+    labels, archives = read_val_labels(Path("src"), Path("src/val"))
+    assert labels == {Path(name).stem: wnid for name, wnid in LABELS.items()}
+    # Only what has a published checksum is compared with it.
+    assert bool(archives) == (name.endswith(".gz") and mode == "w:gz")
+
+
+def test_files_that_macos_adds_to_the_archives_are_left_out():
+    classes = {f"./{wnid}.tar": class_tar(wnid) for wnid in WNIDS}
+    forks = {f"{folder}._{wnid}.tar": b"fork" for wnid in WNIDS for folder in ("./", "__MACOSX/")}
+    write("src/ILSVRC2012_img_train.tar", tar({**forks, **classes, "./.DS_Store": b"x"}))
+    images = {f"./{name}": image(name) for name in LABELS}
+    forks = {f"./._{name}": b"fork" for name in LABELS}
+    write("src/ILSVRC2012_img_val.tar", tar({**forks, **images}))
+    write_valprep()
+    prepare()
+    assert contents() == expected()
+
+
+ENCODINGS = ["utf-8-sig", "utf-16", "latin-1"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("source", ["valprep", "kaggle", "tiny", "truth"])
+def test_lists_of_labels_may_have_any_common_encoding(source, encoding):
+    Path("src").mkdir()
+    note = {"latin-1": "caf\xe9"}.get(encoding, "caf\xe9 \u732b")
+    stems = {Path(name).stem: wnid for name, wnid in LABELS.items()}
+    if source == "valprep":
+        text = f"# {note}\n" + "".join(f"mv {name} {w}/\n" for name, w in LABELS.items())
+        files = {"valprep.sh": text}
+    elif source == "kaggle":
+        rows = "".join(f"{stem},{wnid} 1 2 3 4\n" for stem, wnid in stems.items())
+        files = {"LOC_val_solution.csv": f"{note},PredictionString\n" + rows}
+    elif source == "tiny":
+        rows = "".join(f"{name}\t{wnid}\t{note}\n" for name, wnid in LABELS.items())
+        files = {"val_annotations.txt": rows}
+    else:
+        truth = "".join(f"{i}\n" for i in TRUTH)
+        rows = "".join(f"{wnid} {i} {note}\n" for i, wnid in enumerate(WNIDS, 1))
+        files = {"ILSVRC2012_validation_ground_truth.txt": truth, "map_clsloc.txt": rows}
+    for name, text in files.items():
+        write(f"src/{name}", text.encode(encoding))
+    assert read_val_labels(Path("src"), Path("src/val"))[0] == stems
+
+
 def write_tree() -> None:
     write_train_folder("src/train")
     for name, wnid in LABELS.items():
@@ -324,6 +394,14 @@ def test_subset_by_number_is_the_same_every_time_and_takes_both_splits():
     assert contents() == expected(chosen)
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_subset_list_may_have_any_common_encoding(encoding):
+    write_tree()
+    write("list.txt", "n02119789 caf\xe9\r\nn01440764\r\n".encode(encoding))
+    prepare("--subset", "list.txt")
+    assert contents() == expected(["n02119789", "n01440764"])
+
+
 def test_subset_by_file_and_what_is_refused():
     write_tree()
     write("list.txt", "n02119789 kit fox\n\nn01440764\n")
@@ -364,7 +442,7 @@ def extract_until(self, member, *args, **kwargs):
     return extract(self, member, *args, **kwargs)
 
 tarfile.TarFile.extract = extract_until
-from tools.prepare_imagenet import main
+from tools.prepare_imagenet.__main__ import main
 
 if __name__ == "__main__":
     main(["--source", "src", "--out", "out", "--no_checksum", "--workers", "1"])
@@ -424,11 +502,40 @@ def test_folders_that_only_look_finished_are_named_and_left_alone(harm):
     assert contents() == expected()
 
 
+HOLD_LOCK = """
+from pathlib import Path
+from common import files
+from common.files import lock_folder
+with lock_folder(Path(input())):
+    print("locked", flush=True)
+    input()
+"""
+
+
 def test_two_runs_do_not_write_one_tree():
     write_tree()
-    with locked(Path("out")), pytest.raises(UserError, match="another process is preparing out"):
-        prepare()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO
+    ) as other:
+        other.stdin.write(f"{Path('out').resolve()}\n".encode())
+        other.stdin.flush()
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(Busy, match="out is in use by another running process"):
+            prepare()
+        other.stdin.close()
     prepare()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
+    with pytest.raises(UserError, match="file system without locks"), lock_folder(Path("x")):
+        pass
+    write_tree()
+    prepare()
+    assert contents() == expected()
 
 
 # Bad archives and bad places --------------------------------------------------------------------
@@ -493,7 +600,7 @@ def test_too_little_space_is_said_before_anything_is_written(monkeypatch):
     write_train_tar(), write_val_tar(), write_valprep()
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    with pytest.raises(UserError, match="needs 0.0 GB.*choose another disk"):
+    with pytest.raises(UserError, match="needs about 0.0 GB.*another disk"):
         prepare()
     assert contents() == {}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
@@ -501,7 +608,7 @@ def test_too_little_space_is_said_before_anything_is_written(monkeypatch):
     write_tree()
     prepare()  # links need none
     shutil.rmtree("out")
-    with pytest.raises(UserError, match="choose another disk"):
+    with pytest.raises(UserError, match="choose a folder on another disk"):
         prepare("--copy")
 
 
@@ -575,7 +682,7 @@ def test_ground_truth_that_counts_beyond_the_classes():
     for name, content in devkit_files().items():
         write(f"src/data/{Path(name).name}", content)
     write("src/data/ILSVRC2012_validation_ground_truth.txt", "1\n2\n4\n")  # 4: canine, no class
-    with pytest.raises(UserError, match="4 is not the number of one of the 3 classes"):
+    with pytest.raises(UserError, match="4 is not the number of any of the 3 classes"):
         prepare()
 
 
@@ -626,7 +733,7 @@ def test_counts_of_the_full_set():
             type("Images", (list,), {"root": root})([0] * n)
             for root, n in (("train", train), ("val", val))
         ]
-        return shortfall(*files, ["n"] * classes)
+        return describe_missing(*files, ["n"] * classes)
 
     assert lines(1_281_167, 50_000) == []
     assert lines(1_281_166, 50_000) == ["train has 1,281,166 images, ImageNet-1K has 1,281,167"]

@@ -1,8 +1,7 @@
-"""ImageNet as people have it: where each class lies in a download, recognised by what is there.
+"""The layouts in which ImageNet is downloaded, each recognised by its files and folders.
 
-Every way to get the data ends in a list of classes, each either files in a folder or members of
-a tar (data/ilsvrc_classes.py). Labels of validation images that lie flat are read by
-data/ilsvrc_labels.py.
+Every layout is turned into a list of classes, each of them files in a folder or members of a tar
+(classes.py). labels.py reads the labels of validation images that are not in class folders.
 """
 
 from collections import defaultdict
@@ -13,21 +12,20 @@ from pathlib import Path
 from torchvision.datasets.imagenet import ARCHIVE_META
 
 from common.errors import UserError
-from data.ilsvrc_classes import (
+from common.files import read_text
+from tools.prepare_imagenet.classes import (
     ClassSource,
     FolderClass,
     TarClass,
     is_image,
-    list_images,
+    list_folder,
     open_tar,
     read_members,
 )
-from data.ilsvrc_labels import WNID, read_val_labels
-from data.images import ImageFiles
+from tools.prepare_imagenet.labels import WNID, read_val_labels
 
 TRAIN_TAR, VAL_TAR = ARCHIVE_META["train"][0], ARCHIVE_META["val"][0]
 KAGGLE = "ILSVRC/Data/CLS-LOC"
-NUM_CLASSES, NUM_IMAGES = 1000, {"train": 1_281_167, "val": 50_000}  # of ImageNet-1K
 
 
 def find_classes(source: Path) -> tuple[list[ClassSource], list[Path]]:
@@ -43,9 +41,9 @@ def find_classes(source: Path) -> tuple[list[ClassSource], list[Path]]:
 
 
 def choose_subset(classes: list[ClassSource], subset: str) -> list[ClassSource]:
-    """Both splits of some classes: `subset` is a number of them, or a file with a wnid a line.
+    """Both splits of some classes: `subset` is a number of them, or a file with one wnid per line.
 
-    The same number of the same classes always gives the same ones, a larger number more of them.
+    The same number always selects the same classes, and a larger number adds to them.
     Raises UserError.
     """
     wnids = sorted({c.wnid for c in classes if c.split == "train"})
@@ -56,12 +54,12 @@ def choose_subset(classes: list[ClassSource], subset: str) -> list[ClassSource]:
         # By hash: a draw that no version of a random generator can change.
         chosen = set(sorted(wnids, key=lambda wnid: sha256(wnid.encode()).digest())[: int(subset)])
     elif path.is_file():
-        chosen = {line.split()[0] for line in path.read_text().splitlines() if line.strip()}
+        chosen = {line.split()[0] for line in read_text(path).splitlines() if line.strip()}
         unknown = sorted(chosen - set(wnids))
         if unknown or not chosen:
             what = f"{unknown[0]!r} ({len(unknown)} such)" if unknown else "nothing"
             raise UserError(
-                f"--subset {path} names {what}, expected a wnid a line, of the "
+                f"--subset {path} names {what}, expected one wnid per line, of the "
                 f"{len(wnids)} training classes in the source"
             )
     else:
@@ -81,29 +79,13 @@ def check_same_classes(classes: list[ClassSource]) -> None:
             )
 
 
-def shortfall(train: ImageFiles, val: ImageFiles, classes: list[str]) -> list[str]:
-    """What is missing from the full set, if the tree is meant to be that.
-
-    Other sets have 1,000 classes as well (ImageNet-Mini): half of either split says which it is.
-    """
-    if len(classes) != NUM_CLASSES or not (
-        2 * len(train) > NUM_IMAGES["train"] or 2 * len(val) > NUM_IMAGES["val"]
-    ):
-        return []
-    return [
-        f"{images.root} has {len(images):,} images, ImageNet-1K has {NUM_IMAGES[split]:,}"
-        for split, images in (("train", train), ("val", val))
-        if len(images) != NUM_IMAGES[split]
-    ]
-
-
 def _find_train(source: Path) -> tuple[list[ClassSource], list[Path]]:
     archive = source / TRAIN_TAR
     if archive.is_file():
         return _nested_classes(archive), [archive]
     folder = _split_folder(source, "train", TRAIN_TAR)
     classes = {c.wnid: c for c in _class_folders("train", folder)}
-    # Where a class has both, its folder may be what an interrupted tar left behind.
+    # Where a class has both, an interrupted tar may have left the folder behind.
     classes |= {
         p.stem: TarClass("train", p.stem, p)
         for p in sorted(folder.glob("n*.tar"))
@@ -132,6 +114,7 @@ def _nested_classes(path: Path) -> list[ClassSource]:
 
 
 def _find_val(source: Path) -> tuple[list[ClassSource], list[Path]]:
+    # The official archive, whose images have no folders.
     path = source / VAL_TAR
     if path.is_file():
         with open_tar(path) as archive:
@@ -141,9 +124,11 @@ def _find_val(source: Path) -> tuple[list[ClassSource], list[Path]]:
             TarClass("val", wnid, path, members=tuple(found[name] for name in names))
             for wnid, names in _by_class(found, labels, path).items()
         ], [path, *archives]
+
+    # A folder: either class folders, or images without folders and a list of their classes.
     folder = _split_folder(source, "val", VAL_TAR)
     flat = folder / "images" if (folder / "images").is_dir() else folder
-    names, classes = list_images(flat), _class_folders("val", folder)
+    names, classes = list_folder(flat), _class_folders("val", folder)
     if not names:
         if not classes:
             raise UserError(
@@ -151,7 +136,7 @@ def _find_val(source: Path) -> tuple[list[ClassSource], list[Path]]:
                 "archive unpacked into it?"
             )
         return classes, []
-    if any(list_images(c.path) for c in classes):
+    if any(list_folder(c.path) for c in classes):
         raise UserError(
             f"{folder} has {len(names)} loose images beside filled class folders: "
             "move them all into class folders, or all out of them"
@@ -192,8 +177,10 @@ def _split_folder(source: Path, split: str, tar: str) -> Path:
 
 
 def _class_folders(split: str, folder: Path) -> list[ClassSource]:
-    found = (p for p in sorted(folder.iterdir()) if WNID.fullmatch(p.name) and p.is_dir())
-    # Tiny-ImageNet has train/<wnid>/images.
+    # Tiny-ImageNet has train/<wnid>/images, and val/images/<wnid> once its images are sorted.
+    found = [p for p in sorted(folder.iterdir()) if WNID.fullmatch(p.name) and p.is_dir()]
+    if not found and (folder / "images").is_dir():
+        return _class_folders(split, folder / "images")
     return [
         FolderClass(split, p.name, p / "images" if (p / "images").is_dir() else p) for p in found
     ]

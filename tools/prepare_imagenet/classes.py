@@ -1,4 +1,4 @@
-"""One ImageNet class as it lies in a download: which images it has, and making its folder."""
+"""One ImageNet class in a download, a folder or part of a tar, and how it is written to OUT."""
 
 import os
 import shutil
@@ -12,12 +12,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common.errors import UserError
 
+SPLITS = ("train", "val")
 BLOCK = 512  # bytes: tar's unit
+PARTIAL = ".{wnid}.part"  # a class folder that is being written; no listing takes it for a class
 
 
 @dataclass(frozen=True)
 class FolderClass:
-    """Images of one class in `path`: those of `names`, or all."""
+    """Images of one class in the folder `path`: those in `names`, or all of them."""
 
     split: str
     wnid: str
@@ -26,14 +28,14 @@ class FolderClass:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each image, by file name. Raises UserError when there is none."""
-        names = list_images(self.path) if self.names is None else self.names
-        return _not_empty({name: (self.path / name).stat().st_size for name in names}, self)
+        names = list_folder(self.path) if self.names is None else self.names
+        return _require_images({name: (self.path / name).stat().st_size for name in names}, self)
 
     def bytes_to_write(self, copy: bool) -> int:
         return sum(self.sizes().values()) if copy else 0
 
     def write(self, folder: Path, copy: bool) -> int:
-        """Link (or copy) the images into `folder`; -> how many."""
+        """Link (or copy) the images into `folder`; returns their number."""
         names = self.sizes()
         for name in names:
             # The file itself: a hard link to a symbolic link would still point elsewhere.
@@ -49,8 +51,8 @@ class FolderClass:
 class TarClass:
     """Images of one class in the tar `path`: in the tar nested in it as `inner`, or its `members`.
 
-    With neither the whole of `path` is the class. Nested tars are read in place, so that the
-    138 GB of class tars are never written, and classes can be extracted by several processes.
+    With neither, all of `path` is the class. Nested tars are read in place: the 138 GB of class
+    tars are never written, and several processes can extract classes at the same time.
     """
 
     split: str
@@ -61,7 +63,7 @@ class TarClass:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each image, by file name. Raises UserError as read_members, or if empty."""
-        with self._opened() as (_, members):
+        with self._open() as (_, members):
             return {member.name: member.size for member in members}
 
     def bytes_to_write(self, copy: bool) -> int:
@@ -70,51 +72,58 @@ class TarClass:
         return self.inner.size if self.inner else self.path.stat().st_size
 
     def write(self, folder: Path, copy: bool) -> int:
-        """Extract the images into `folder`; -> how many. Raises UserError as `sizes`."""
-        with self._opened() as (archive, members):
+        """Extract the images into `folder`; returns their number. Raises UserError as `sizes`."""
+        with self._open() as (archive, members):
             for member in members:
                 archive.extract(member, folder, filter="data")
             return len(members)
 
     @contextmanager
-    def _opened(self) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
+    def _open(self) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
         with open_tar(self.path) as archive:
             if self.inner is None:
-                yield archive, self._checked(archive)
+                yield archive, self._find_members(archive)
                 return
             with tarfile.open(fileobj=archive.extractfile(self.inner), mode="r:") as nested:
-                yield nested, self._checked(nested)
+                yield nested, self._find_members(nested)
 
-    def _checked(self, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    def _find_members(self, archive: tarfile.TarFile) -> list[tarfile.TarInfo]:
         if self.members is not None:
             return list(self.members)
         where = f"{self.path} ({self.inner.name})" if self.inner else str(self.path)
         images = [m for m in read_members(archive, where) if is_image(m.name)]
-        _not_empty(images, self)
+        _require_images(images, self)
         return images
 
 
 ClassSource = FolderClass | TarClass
 
 
-def make_class(source: ClassSource, out: Path, copy: bool) -> None:
-    """Write one class under a hidden name, which no listing takes for a class, then rename it."""
+def write_class(source: ClassSource, out: Path, copy: bool) -> None:
+    """Write one class into a partial folder and rename that when it is complete."""
     folder = out / source.split / source.wnid
-    part = folder.with_name(f".{source.wnid}.part")
+    part = folder.with_name(PARTIAL.format(wnid=source.wnid))
     part.mkdir(parents=True)
     source.write(part, copy)
     part.rename(folder)
 
 
-def is_made(source: ClassSource, out: Path) -> bool:
+def find_partial_folders(out: Path) -> list[Path]:
+    """What an interrupted write_class left behind."""
+    return [
+        part for split in SPLITS for part in sorted((out / split).glob(PARTIAL.format(wnid="n*")))
+    ]
+
+
+def is_complete(source: ClassSource, out: Path) -> bool:
     """Whether the class in `out` has the images of `source`, by name and size, and no others."""
     folder = out / source.split / source.wnid
-    sizes = {name: (folder / name).stat().st_size for name in list_images(folder)}
+    sizes = {name: (folder / name).stat().st_size for name in list_folder(folder)}
     return sizes == source.sizes()
 
 
-def list_images(folder: Path) -> list[str]:
-    """Names of the images that lie in `folder` itself, sorted."""
+def list_folder(folder: Path) -> list[str]:
+    """Names of the images directly in `folder`, sorted."""
     return sorted(e.name for e in os.scandir(folder) if is_image(e.name) and e.is_file())
 
 
@@ -124,7 +133,7 @@ def is_image(name: str) -> bool:
 
 @contextmanager
 def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar; damage met while it is open becomes a UserError that names it."""
+    """Open an uncompressed tar; damage found while it is open is a UserError that names it."""
     try:
         with tarfile.open(path, "r:") as archive:
             yield archive
@@ -133,22 +142,22 @@ def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def read_members(archive: tarfile.TarFile, where: str) -> list[tarfile.TarInfo]:
-    """The regular files of an archive, named without their folders.
+    """The regular files of an archive, named without their folders; hidden files are left out.
 
     Raises UserError before anything is extracted: for members that are links or devices, or that
-    point out of the archive; for two files of one name; and for an archive that is cut off, which
-    tarfile and tar take for a shorter one when the cut falls between two members.
+    point out of the archive; for two files with the same name; and for an archive that is cut off,
+    which tarfile and tar take for a shorter one when the cut falls between two members.
     """
     files, end = {}, 0
     for member in archive:
         path = PurePosixPath(member.name)
         end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-        if member.isdir():
+        if member.isdir() or _is_hidden(path):  # macOS adds ._NAME beside each NAME
             continue
         if not member.isreg() or path.is_absolute() or ".." in path.parts or path.name in files:
             raise UserError(
-                f"{where} holds {member.name!r}, which is no plain file of its own "
-                "name: not an archive of ImageNet, nothing of it was extracted"
+                f"{where} holds {member.name!r}, which is not a plain file with "
+                "a name of its own: not an archive of ImageNet, nothing of it was extracted"
             )
         member.name = path.name
         files[path.name] = member
@@ -160,16 +169,20 @@ def read_members(archive: tarfile.TarFile, where: str) -> list[tarfile.TarInfo]:
     return list(files.values())
 
 
+def _is_hidden(path: PurePosixPath) -> bool:
+    return ".." not in path.parts and any(p.startswith((".", "__MACOSX")) for p in path.parts)
+
+
 def _link(source: str, target: Path) -> None:
     try:
         os.link(source, target)
     except FileExistsError:
         raise
-    except OSError:  # another filesystem, or one without hard links
+    except OSError:  # another file system, or one without hard links
         os.symlink(source, target)
 
 
-def _not_empty(images, source: ClassSource):
+def _require_images(images, source: ClassSource):
     if not images:
         raise UserError(
             f"{source.path} has no images of {source.split}/{source.wnid}: "

@@ -1,37 +1,43 @@
-"""The class of each ILSVRC 2012 validation image, from whichever list came with the download.
+"""The class of each ILSVRC 2012 validation image, from whichever list comes with the download.
 
-Every reader returns {image name without its suffix: wnid}.
+Every reader returns {image name without its suffix: wnid}. Lists may be in any encoding that
+common.files.read_text knows.
 """
 
 import csv
+import io
 import re
 import tarfile
 import zlib
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from torchvision.datasets.imagenet import ARCHIVE_META
 
 from common.errors import UserError
+from common.files import decode_text, read_text
 
 WNID = re.compile(r"n\d{8}")
 DEVKIT_TAR = ARCHIVE_META["devkit"][0]
 DEVKIT = DEVKIT_TAR.removesuffix(".tar.gz")
+GZIP = b"\x1f\x8b"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def read_val_labels(source: Path, val: Path) -> tuple[dict[str, str], list[Path]]:
     """Labels from the first list found in `source` or its `val` folder, and the archives read.
 
-    Lists that name the class of each file come first, they need no scipy. Raises UserError when
-    there is no list, or when it cannot be what its name says.
+    Lists that name the class of each file come first, as they need no scipy. Of the archives, only
+    those with a published checksum are returned. Raises UserError when there is no list, or when
+    its contents are not what its name says.
     """
     readers: dict[str, Callable[[Path], dict[str, str]]] = {
         "valprep.sh": _read_valprep,
         "LOC_val_solution.csv": _read_kaggle,
         "val_annotations.txt": _read_tiny,
         DEVKIT_TAR: _read_devkit_tar,
+        f"{DEVKIT}.tar": _read_devkit_tar,
         f"{DEVKIT}/data/meta.mat": _read_devkit,
         "data/meta.mat": _read_devkit,
         TRUTH: lambda truth: _read_truth_with_list(truth, source),
@@ -42,7 +48,7 @@ def read_val_labels(source: Path, val: Path) -> tuple[dict[str, str], list[Path]
             if path.is_file():
                 labels = read(path)
                 _check(labels, path)
-                return labels, [path] if name == DEVKIT_TAR else []
+                return labels, [path] if name == DEVKIT_TAR and _is_gzip(path) else []
     raise UserError(
         f"--source {source} has no labels of the validation images: put valprep.sh, "
         f"LOC_val_solution.csv or {DEVKIT_TAR} into it"
@@ -51,30 +57,29 @@ def read_val_labels(source: Path, val: Path) -> tuple[dict[str, str], list[Path]
 
 def _read_valprep(path: Path) -> dict[str, str]:
     # mv ILSVRC2012_val_00000293.JPEG n01440764/
-    lines = re.findall(r"^\s*mv\s+(\S+)\.\w+\s+(n\d{8})/?\s*$", path.read_text(), re.MULTILINE)
+    lines = re.findall(r"^\s*mv\s+(\S+)\.\w+\s+(n\d{8})/?\s*$", read_text(path), re.MULTILINE)
     return dict(lines)
 
 
 def _read_kaggle(path: Path) -> dict[str, str]:
     # ImageId,PredictionString / ILSVRC2012_val_00048981,n03995372 85 1 499 272 …
-    with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) == 2]
+    rows = [row for row in csv.reader(io.StringIO(read_text(path))) if len(row) == 2]
     return {name: boxes.split(" ")[0] for name, boxes in rows[1:]}
 
 
 def _read_tiny(path: Path) -> dict[str, str]:
     # val_0.JPEG <tab> n03444034 <tab> four corners
-    rows = [line.split("\t") for line in path.read_text().splitlines() if "\t" in line]
+    rows = [line.split("\t") for line in read_text(path).splitlines() if "\t" in line]
     return {Path(row[0]).stem: row[1] for row in rows}
 
 
 def _read_devkit_tar(path: Path) -> dict[str, str]:
+    # Browsers unpack the gzip layer, with or without changing the name, and tar may write ./NAME.
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            meta, truth = (
-                archive.extractfile(f"{DEVKIT}/data/{name}") for name in ("meta.mat", TRUTH)
-            )
-            return _number(truth.read().decode(), _read_meta(meta, path), path)
+        with tarfile.open(path, "r:*") as archive:
+            members = {PurePosixPath(m.name).parts[-2:]: m for m in archive if m.isfile()}
+            meta, truth = (archive.extractfile(members["data", n]) for n in ("meta.mat", TRUTH))
+            return _number(decode_text(truth.read()), _read_meta(meta, path), path)
     except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
         raise UserError(
             f"{path} cannot be read as the devkit ({error}): download it again"
@@ -86,8 +91,8 @@ def _read_devkit(meta: Path) -> dict[str, str]:
         wnids = _read_meta(file, meta)
     truth = meta.with_name(TRUTH)
     if not truth.is_file():
-        raise UserError(f"{truth} is not there: unpack the devkit again")
-    return _number(truth.read_text(), wnids, truth)
+        raise UserError(f"{truth} does not exist: unpack the devkit again")
+    return _number(read_text(truth), wnids, truth)
 
 
 def _read_meta(file: BinaryIO, where: Path) -> dict[int, str]:
@@ -114,32 +119,29 @@ def _read_meta(file: BinaryIO, where: Path) -> dict[int, str]:
 
 
 def _read_truth_with_list(truth: Path, source: Path) -> dict[str, str]:
-    """The ground truth with a list of synsets: line i begins with the wnid of ILSVRC2012_ID i."""
+    """The ground truth with a list of synsets, whose line i starts with ILSVRC2012_ID i's wnid."""
     lists = {
         path: wnids
         for path in sorted(source.glob("*.txt"))
         if path.name != TRUTH and (wnids := _read_synsets(path))
     }
-    # The truth counts in the devkit's order (1 is n02119789). Nearly every list that goes around
-    # is in alphabetical order and would give each image a wrong class without any error.
+    # Class numbers follow the devkit's order (1 is n02119789). Nearly every published list is in
+    # alphabetical order and would give each image a wrong class without any error.
     usable = {path: wnids for path, wnids in lists.items() if wnids != sorted(wnids)}
     if len(usable) != 1:
         found = ", ".join(p.name for p in usable or lists) or "none"
         raise UserError(
-            f"{truth} needs one list of synsets in the devkit's order (not the "
-            f"alphabet's), found: {found}; put {DEVKIT_TAR}, valprep.sh or "
+            f"{truth} needs one list of synsets in the devkit's order (not "
+            f"alphabetical), found: {found}; put {DEVKIT_TAR}, valprep.sh or "
             "LOC_val_solution.csv beside it instead"
         )
     (wnids,) = usable.values()
-    return _number(truth.read_text(), dict(enumerate(wnids, 1)), truth)
+    return _number(read_text(truth), dict(enumerate(wnids, 1)), truth)
 
 
 def _read_synsets(path: Path) -> list[str]:
-    """First words of the lines if they are wnids, each once; else nothing."""
-    with path.open("rb") as file:
-        if not re.match(rb"n\d{8}\s", file.read(10)):
-            return []
-    wnids = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    """First words of the lines if they are wnids, each once; else an empty list."""
+    wnids = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
     ok = len(set(wnids)) == len(wnids) and all(WNID.fullmatch(wnid) for wnid in wnids)
     return wnids if ok else []
 
@@ -152,7 +154,7 @@ def _number(truth: str, wnids: dict[int, str], where: Path) -> dict[str, str]:
         }
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"{where}: {error} is not the number of one of the {len(wnids)} classes"
+            f"{where}: {error} is not the number of any of the {len(wnids)} classes"
         ) from error
 
 
@@ -160,4 +162,9 @@ def _check(labels: dict[str, str], path: Path) -> None:
     wrong = next((w for w in labels.values() if not WNID.fullmatch(w)), None)
     if wrong is not None or not labels:
         what = "no labels" if wrong is None else f"{wrong!r} where a wnid belongs"
-        raise UserError(f"{path} has {what}: it is not the file its name says, download it again")
+        raise UserError(f"{path} has {what}: it is not what its name says, download it again")
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(GZIP)) == GZIP
