@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, text of any encoding, checksums, folder locks and free space."""
+"""Files: atomic writes, outputs that a user names, JSON, text, checksums, locks and free space."""
 
 import contextlib
 import fcntl
@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.errors import Busy, UserError
 
 LOCK = ".lock"
 TEMPORARY = ".{name}.tmp{process}"  # what write_atomic writes before it renames
+MARK_RANGE = 1 << 20  # bytes at each end of a file in which check_outputs looks for a mark
 LOCK_ATTEMPTS = 3  # one per second: a process that was just killed takes a moment to be gone
 
 
@@ -83,6 +84,73 @@ def require_free_space(folder: Path, needed: float) -> None:
         )
 
 
+# ---------------------------------------------------------------- outputs that a user names
+
+
+def check_outputs(
+    paths: Iterable[Path], *, flag: str, mark: bytes, inputs: Iterable[Path] = ()
+) -> None:
+    """Raise UserError if writing one of `paths` would destroy a file that this tool did not write.
+
+    A file among `inputs` is never overwritten. Any other file that exists is overwritten only if it
+    contains `mark`: bytes that the tool writes near the start or the end of all its files.
+    """
+    given = {_identity(file) for file in inputs} - {None}
+    for path in paths:
+        if not path.resolve().parent.is_dir():
+            raise UserError(
+                f"{flag} {printable(path)}: there is no folder {printable(path.parent)}"
+            )
+        if _identity(path) in given:
+            raise UserError(
+                f"{flag} would overwrite {printable(path)}, which is one of the inputs: choose "
+                "another name or folder"
+            )
+        if os.path.lexists(path) and not _contains_mark(path, mark):
+            raise UserError(
+                f"{flag} would overwrite {printable(path)}, which this tool did not write: choose "
+                "another name or folder, or remove the file"
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What two names of one file have in common; None where there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _contains_mark(path: Path, mark: bytes) -> bool:
+    if not path.is_file():  # a folder, a device, a link that leads nowhere
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(MARK_RANGE)
+            file.seek(max(0, path.stat().st_size - MARK_RANGE))
+            return mark in start or mark in file.read()
+    except OSError:
+        return False
+
+
+def check_output_folder(folder: Path, *, flag: str, made_by_tool: Iterable[str]) -> None:
+    """Raise UserError unless `folder` is new, empty, or one that this tool has filled before.
+
+    made_by_tool: names of which the tool's folders contain at least one.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{flag} {printable(folder)} is a file: choose another folder")
+    names = {name for name in os.listdir(folder) if name not in (LOCK, ".DS_Store")}
+    if names and names.isdisjoint(made_by_tool):
+        raise UserError(
+            f"{flag} {printable(folder)} contains files that this tool did not write "
+            f"({printable(min(names))}): choose a new or an empty folder"
+        )
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -122,8 +190,8 @@ def sha256(content: bytes) -> str:
 
 
 def printable(name: str | os.PathLike) -> str:
-    """A file's name as text that any UTF-8 stream takes, whatever bytes the name has."""
-    return os.fspath(name).encode(errors="replace").decode()
+    """A file's name as text; bytes of it that are not UTF-8 are written as \\xNN."""
+    return os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------- locks

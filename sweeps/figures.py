@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; lines and marke
 so that a print in grey can be read. Widths are for a page of two columns.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.files import write_atomic
 from sweeps.classes import class_differences, confusion
 from sweeps.grid import Sweep
 from sweeps.rows import Row
@@ -22,6 +24,7 @@ DASHES = ["-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 WIDTH = 7.2  # inches
 SHARES = [0, 1, 5, 10, 20, 40, 60, 80, 100]  # ticks of the confusion's colour bar, percent
 CHINESE = ["Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei"]
+AUTHOR_KEYS = {".png": "Software", ".pdf": "Creator", ".svg": "Creator"}  # of the metadata
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -41,9 +44,17 @@ STYLE = {
 }
 
 
+def mark_of(author: str) -> bytes:
+    """What the file of every picture contains that the tool `author` writes."""
+    return f"TwistNet-2D, python -m {author}".encode()
+
+
 @contextmanager
-def new_figure(path: Path, height: float, width: float = WIDTH):
-    """A matplotlib figure that is written to `path` (PNG) when the block ends."""
+def new_figure(path: Path, height: float, width: float = WIDTH, *, author: str = "tools.report"):
+    """A matplotlib figure, height × width in inches, that is written to `path` when the block ends.
+
+    The picture's metadata names `author`, the tool that writes it.
+    """
     try:
         import matplotlib.font_manager
         from matplotlib.figure import Figure
@@ -54,8 +65,10 @@ def new_figure(path: Path, height: float, width: float = WIDTH):
     with matplotlib.rc_context({**STYLE, "font.sans-serif": fonts}):
         figure = Figure(figsize=(width, height))
         yield figure
+        picture, metadata = io.BytesIO(), {AUTHOR_KEYS[path.suffix]: mark_of(author).decode()}
+        figure.savefig(picture, format=path.suffix[1:], metadata=metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        write_atomic(path, picture.getvalue())
 
 
 def colour(index: int) -> str:

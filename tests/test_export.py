@@ -18,7 +18,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 
 
 def write_checkpoint(name="resnet18"):
-    """Run-like best.pt with BatchNorm statistics and a classifier that matter; its network."""
+    """Write a best.pt whose BatchNorm statistics and classifier matter; returns its network."""
     torch.manual_seed(0)
     model = build_model(name, len(CLASSES))
     torch.nn.init.normal_(model.fc.weight)
@@ -35,17 +35,17 @@ def write_checkpoint(name="resnet18"):
 
 
 def wanted(model, images):
-    """Logits of images from 0 to 1, normalised as torchvision writes it."""
+    """Logits of images from 0 to 1, normalised with torchvision's constants."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
         return model((images - mean) / std)
 
 
 def call(out):
-    export.main(["--checkpoint", "best.pt", "--out", out])
+    export.main(["--weights", "best.pt", "--out", out])
 
 
-def test_pt2_gives_the_networks_logits_at_any_size(capsys):
+def test_pt2_file_gives_the_networks_logits_at_any_size(capsys):
     model = write_checkpoint("twistnet18")
     call("x.pt2")
     out = capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_pt2_gives_the_networks_logits_at_any_size(capsys):
     assert [path.name for path in Path().iterdir() if path.name != "best.pt"] == ["x.pt2"]
 
 
-def test_onnx_gives_the_networks_logits_at_any_size():
+def test_onnx_file_gives_the_networks_logits_at_any_size():
     for package in ONNX:
         pytest.importorskip(package, reason=f"pip install {' '.join(ONNX)}")
     import onnx
@@ -79,7 +79,7 @@ def test_onnx_gives_the_networks_logits_at_any_size():
     assert sorted(path.name for path in Path().iterdir()) == ["best.pt", "x.onnx"]
 
 
-def test_a_difference_ends_in_1_and_writes_nothing(monkeypatch):
+def test_a_difference_writes_nothing_and_the_exit_code_is_1(monkeypatch):
     write_checkpoint()
     monkeypatch.setattr(export, "IMAGENET_STD", (0.23, 0.224, 0.225))  # one digit off
     with pytest.raises(SystemExit, match="other logits") as ended:
@@ -88,7 +88,7 @@ def test_a_difference_ends_in_1_and_writes_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("package", ONNX)
-def test_onnx_without_its_packages_says_what_to_install(package, monkeypatch):
+def test_without_the_onnx_packages_the_error_says_what_to_install(package, monkeypatch):
     for name in ONNX:
         monkeypatch.setitem(sys.modules, name, None if name == package else sys)
     with pytest.raises(UserError, match=f"needs {package}: pip install {' '.join(ONNX)}"):
@@ -103,8 +103,8 @@ def test_onnx_without_its_packages_says_what_to_install(package, monkeypatch):
         ("none.pt", "x.pt2", "none.pt"),
     ],
 )
-def test_wrong_input_is_one_line(checkpoint, out, told):
+def test_wrong_input_is_a_one_line_error(checkpoint, out, told):
     write_checkpoint()
-    with pytest.raises((UserError, UserError), match=told) as error:
-        export.main(["--checkpoint", checkpoint, "--out", out])
+    with pytest.raises(UserError, match=told) as error:
+        export.main(["--weights", checkpoint, "--out", out])
     assert "\n" not in str(error.value) and not Path(out).exists()

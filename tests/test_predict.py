@@ -1,4 +1,4 @@
-"""tools/predict.py: names and probabilities as the network gives them, for files and folders."""
+"""tools/predict.py: the network's classes and probabilities for files and folders."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ def write_image(path, seed):
 
 
 def wanted(model, path, size=48):
-    """(name, probability) of all classes, best first, worked out one image at a time."""
+    """(name, probability) of all classes, best first, computed one image at a time."""
     image = EvalTransform(size)(read_rgb(Path(path)))
     with torch.no_grad():
         chances = model(normalise(image[None]))[0].softmax(0)
@@ -58,13 +58,13 @@ def call(*words):
     predict.main([*map(str, words), "--workers", "0"])
 
 
-def test_files_and_folders_to_the_screen_and_to_csv(model, checkpoint, capsys):
+def test_files_and_folders_are_classified_to_the_screen_and_to_csv(model, checkpoint, capsys):
     files = ["one.png", "deep/a/1.png", "deep/b/c/2.PNG"]
     for seed, file in enumerate(files):
         write_image(Path(file), seed)
     write_image(Path("deep/.hidden/3.png"), 9)
     Path("deep/notes.txt").write_text("no image")
-    call("one.png", "deep", "--checkpoint", checkpoint, "--csv", "all.csv", "--batch-size", 2)
+    call("one.png", "deep", "--weights", checkpoint, "--csv", "all.csv", "--batch-size", 2)
     lines = capsys.readouterr().out.splitlines()
     with open("all.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
@@ -77,34 +77,33 @@ def test_files_and_folders_to_the_screen_and_to_csv(model, checkpoint, capsys):
         assert [float(p) for p in row[2::2]] == pytest.approx([p for _, p in best], abs=1e-5)
 
 
-def test_unreadable_images_are_named_counted_and_end_in_1(model, checkpoint, capsys):
+def test_unreadable_images_are_named_with_the_reason(model, checkpoint, capsys):
     write_image(Path("in/good.png"), 1)
     Path("in/bad.jpg").write_bytes(b"no image")
     with pytest.raises(SystemExit) as ended:
-        call("in", "--checkpoint", checkpoint, "--csv", "all.csv")
+        call("in", "--weights", checkpoint, "--csv", "all.csv")
     assert ended.value.code == 1
     out, err = capsys.readouterr()
     assert out.startswith("in/good.png: ") and len(out.splitlines()) == 1
-    assert err.splitlines() == [
-        "in/bad.jpg: cannot be read as an image",
-        "1 of 2 images cannot be read",
-    ]
+    reason, summary = err.splitlines()
+    assert reason.startswith("in/bad.jpg cannot be read as an image (")
+    assert summary == "1 of 2 images cannot be read"
     assert len(Path("all.csv").read_text().splitlines()) == 2
 
 
-def test_weights_with_and_without_their_json(model, capsys):
+def test_classes_and_size_come_from_the_json_beside_the_weights(model, capsys):
     write_image(Path("one.png"), 1)
     torch.save(model.state_dict(), "w.pt")
-    call("one.png", "--checkpoint", "w.pt")
+    call("one.png", "--weights", "w.pt")
     at_224 = wanted(model, "one.png", 224)
     number = CLASSES.index(at_224[0][0])
     assert capsys.readouterr().out.startswith(f"one.png: class {number} {100 * at_224[0][1]:.1f} %")
     sha = predict.load_trained("w.pt")[1]["sha256"]
     Path("w.json").write_text(json.dumps({"class_names": CLASSES, "img_size": 64, "sha256": sha}))
-    call("one.png", "--checkpoint", "w.pt")
+    call("one.png", "--weights", "w.pt")
     name, chance = wanted(model, "one.png", 64)[0]
     assert capsys.readouterr().out.startswith(f"one.png: {name} {100 * chance:.1f} %")
-    call("one.png", "--checkpoint", "w.pt", "--img_size", 32)
+    call("one.png", "--weights", "w.pt", "--img_size", 32)
     name, chance = wanted(model, "one.png", 32)[0]
     assert capsys.readouterr().out.startswith(f"one.png: {name} {100 * chance:.1f} %")
 
@@ -112,16 +111,16 @@ def test_weights_with_and_without_their_json(model, capsys):
 def test_fewer_classes_than_five(capsys):
     torch.save(build_model("resnet18", 2).state_dict(), "two.pt")
     write_image(Path("one.png"), 1)
-    call("one.png", "--checkpoint", "two.pt", "--img_size", 32, "--csv", "all.csv")
+    call("one.png", "--weights", "two.pt", "--img_size", 32, "--csv", "all.csv")
     assert capsys.readouterr().out.count(" %") == 2
     assert Path("all.csv").read_text().splitlines()[0].count(",") == 4
 
 
-def test_a_name_that_is_no_text_can_be_shown(checkpoint, capsys):
+def test_a_file_name_that_is_not_utf8_is_printed(checkpoint, capsys):
     file = Path(b"caf\xe9.png".decode("utf-8", "surrogateescape"))
     write_image(Path("x.png"), 1)
     Path("x.png").rename(file)
-    call(file, "--checkpoint", checkpoint, "--csv", "all.csv")
+    call(file, "--weights", checkpoint, "--csv", "all.csv")
     assert capsys.readouterr().out.startswith("caf\\xe9.png: ")
     assert b"caf\xe9.png," in Path("all.csv").read_bytes()
 
@@ -136,17 +135,33 @@ def test_a_name_that_is_no_text_can_be_shown(checkpoint, capsys):
         ([], "required: IMAGE"),
     ],
 )
-def test_wrong_input_is_one_line(checkpoint, words, told):
+def test_wrong_input_is_a_one_line_error(checkpoint, words, told):
     Path("empty").mkdir()
     write_image(Path("one.png"), 1)
     with pytest.raises(ValueError, match=told) as error:
-        call(*words, "--checkpoint", checkpoint)
+        call(*words, "--weights", checkpoint)
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_no_checkpoint_is_one_line():
+def test_a_damaged_or_missing_weights_file_is_a_one_line_error():
     write_image(Path("one.png"), 1)
     Path("x.pt").write_bytes(b"x")
     for file in ("x.pt", "none.pt"):
         with pytest.raises(UserError, match=file):
-            call("one.png", "--checkpoint", file)
+            call("one.png", "--weights", file)
+
+
+def test_files_ignored_by_their_names_are_counted_by_suffix(checkpoint, capsys):
+    write_image(Path("in/deep/good.png"), 1)
+    for name in ("a.gif", "deep/b.GIF", "c.heic", "deep/README", ".hidden.gif"):
+        Path("in", name).write_bytes(b"")
+    call("in", "--weights", checkpoint)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("in: ignored by their names: 2 .gif, 1 .heic, 1 without suffix (images")
+    Path("in/deep/good.png").unlink()
+    with pytest.raises(UserError, match="in: no images in this folder; ignored .* 2 .gif"):
+        call("in", "--weights", checkpoint)
+
+
+def test_checkpoint_is_accepted_as_another_name_of_weights():
+    assert predict.parse_args(["x.png", "--checkpoint", "best.pt"]).weights == Path("best.pt")

@@ -1,4 +1,4 @@
-"""tools/visualize.py and what it reads out of a network with models/insight.py."""
+"""tools/visualize: what it reads out of a network, the pages it draws, the files it may write."""
 
 import csv
 import sys
@@ -13,16 +13,16 @@ from common.errors import UserError
 from data.images import read_rgb
 from data.transforms import EvalTransform, normalise
 from models import build_model
-from models.insight import channel_names, look_inside, view
 from models.stci import STCI, direction_kernels
-from tools import visualize
+from tools.visualize import __main__ as visualize
+from tools.visualize.network import describe_block, describe_network, name_channels
 
 TWISTNETS = ["twistnet18", "twistnet18_no_spiral", "twistnet18_no_ais", "twistnet18_first_order"]
 CLASSES = ["$banded$", "dotted"]
 
 
 def make(name="twistnet18"):
-    """A network whose every part matters to its output."""
+    """A network in which every part changes the output."""
     torch.manual_seed(0)
     model = build_model(name, len(CLASSES))
     for key, parameter in model.named_parameters():
@@ -52,14 +52,21 @@ def write_image(path, seed=0):
     Image.fromarray(pixels).save(path)
 
 
-def call(*words):
-    visualize.main([*map(str, words), "--checkpoint", "best.pt", "--out", "seen"])
+def call(*words, out="seen"):
+    visualize.main([*map(str, words), "--weights", "best.pt", "--out", str(out)])
+
+
+def refusal_of(*words, out="seen"):
+    with pytest.raises(UserError) as error:
+        call(*words, out=out)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize("name", TWISTNETS)
-def test_what_is_read_out_is_what_the_network_computes(name):
+def test_logits_maps_and_weights_are_those_of_the_forward_pass(name):
     model, images = make(name), torch.randn(2, 3, 64, 96)
-    logits, class_maps, views = look_inside(model, images)
+    logits, class_maps, views = describe_network(model, images)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
     assert class_maps.shape == (2, 2, 2, 3)
@@ -76,8 +83,8 @@ def test_what_is_read_out_is_what_the_network_computes(name):
         torch.testing.assert_close(seen.shares.sum((1, 2)), torch.ones(2))
 
 
-def test_shares_are_those_of_the_channels_terms_in_the_output():
-    """Each term is found by taking its channel's column out of the projection."""
+def test_shares_match_removing_each_channel_from_the_projection():
+    """The reference sets one column of the projection to zero at a time."""
     torch.manual_seed(0)
     stci, h = STCI(16).eval(), torch.randn(1, 16, 5, 6)
     for part in (stci.norm, stci.proj_bn):
@@ -104,24 +111,24 @@ def test_shares_are_those_of_the_channels_terms_in_the_output():
             sizes.append(term.norm(dim=0).mean())
             stci.proj.weight[:, channel] = column
         sizes = torch.stack(sizes)
-        shares = view(stci, 0.1, h).shares.flatten()
+        shares = describe_block(stci, 0.1, h).shares.flatten()
     torch.testing.assert_close(shares, sizes / sizes.sum(), atol=1e-5, rtol=1e-3)
 
 
-def test_names_and_kernels_by_hand():
-    names = channel_names()
+def test_channel_names_and_learnt_kernels_by_hand():
+    names = name_channels()
     assert names[:3] == ["z0", "z1", "z2"] and len(names) == 44
     assert names[8:10] + names[16:17] + names[-1:] == ["z0·t0", "z0·t1", "z1·t1", "z7·t7"]
-    assert channel_names(second_order=False) == names[:8]
+    assert name_channels(second_order=False) == names[:8]
     stci = STCI(16).eval()
     torch.nn.init.constant_(stci.twist.scale, 3.0)
-    kernels = view(stci, 0.1, torch.randn(1, 16, 4, 4)).kernels
+    kernels = describe_block(stci, 0.1, torch.randn(1, 16, 4, 4)).kernels
     assert torch.equal(kernels[1, 5], 3 * direction_kernels()[1])
     assert kernels[1, 5, 2, 2] == 1.5  # down and to the right
 
 
 @pytest.mark.parametrize("name", TWISTNETS)
-def test_a_page_a_picture(name, capsys):
+def test_each_picture_gets_a_page(name, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     write_checkpoint(name)
     write_image("a/$x$.png")
@@ -131,7 +138,7 @@ def test_a_page_a_picture(name, capsys):
         assert page.size[0] == 1440 and len(page.convert("L").getcolors()) > 50
 
 
-def test_pictures_of_one_name_get_a_page_each(capsys):
+def test_pictures_with_equal_names_get_separate_pages(capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     write_checkpoint()
     write_image("a/x.png")
@@ -141,7 +148,7 @@ def test_pictures_of_one_name_get_a_page_each(capsys):
     assert Path("seen/x.png").is_file() and Path("seen/x-2.png").is_file()
 
 
-def test_classes_are_compared_by_the_mean_of_their_images(capsys):
+def test_classes_are_compared_by_the_mean_over_their_images(capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     model = write_checkpoint()
     files = [f"data/{name}/{i}.png" for name in ("dotted", "$banded$") for i in range(3)]
@@ -157,15 +164,14 @@ def test_classes_are_compared_by_the_mean_of_their_images(capsys):
         r for r in rows if (r["class"], r["block"], r["direction"]) == ("dotted", "layer4.0", "90")
     )
     images = [normalise(EvalTransform(64)(read_rgb(Path(file)))[None]) for file in files[:3]]
-    means = [
-        look_inside(model, image)[2]["layer4.0"].weights[0, 2].mean().item() for image in images
-    ]
+    views = [describe_network(model, image)[2]["layer4.0"] for image in images]
+    means = [view.weights[0, 2].mean().item() for view in views]
     assert row["images"] == "3"
     assert float(row["mean"]) == pytest.approx(np.mean(means), abs=2e-6)
     assert float(row["std"]) == pytest.approx(np.std(means, ddof=1), abs=2e-6)
 
 
-def test_unreadable_images_are_named_counted_and_end_in_1(capsys):
+def test_unreadable_images_are_named_and_counted_and_the_exit_code_is_1(capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     write_checkpoint()
     write_image("data/dotted/1.png")
@@ -179,7 +185,7 @@ def test_unreadable_images_are_named_counted_and_end_in_1(capsys):
     assert Path("seen/ais_by_class.png").is_file()
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     write_checkpoint()
     write_image("x.png")
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.font_manager"):
@@ -191,17 +197,18 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "words", "told"),
     [
-        ("resnet18", ["x.png"], "no STCI to look into"),
+        ("resnet18", ["x.png"], "no STCI to visualize"),
         ("twistnet18", ["none.png"], "none.png: no such file"),
         ("twistnet18", ["empty"], "empty: no images"),
-        ("twistnet18", ["x.png", "--block", "layer2.0"], "there are layer3.0, layer3.1"),
-        ("twistnet18_no_ais", ["data"], "has no AIS"),
-        ("twistnet18", ["data"], "data/dotted: no image"),
+        ("twistnet18", ["x.png", "--block", "layer2.0"], "choose one of layer3.0, layer3.1"),
+        ("twistnet18_no_ais", ["classes"], "has no AIS"),
+        ("twistnet18", ["data"], "data: no images"),
     ],
 )
-def test_wrong_input_is_one_line(name, words, told):
+def test_wrong_input_is_a_one_line_error(name, words, told):
     write_checkpoint(name)
     write_image("x.png")
+    write_image("classes/dotted/1.png")
     Path("empty").mkdir()
     Path("data/dotted").mkdir(parents=True)
     with pytest.raises(ValueError, match=told) as error:
@@ -209,7 +216,7 @@ def test_wrong_input_is_one_line(name, words, told):
     assert "\n" not in str(error.value)
 
 
-def test_an_output_folder_that_cannot_be_made_is_one_line():
+def test_an_output_folder_that_cannot_be_created_is_a_one_line_error():
     write_checkpoint()
     write_image("x.png")
     Path("seen").write_text("a file")
@@ -217,6 +224,92 @@ def test_an_output_folder_that_cannot_be_made_is_one_line():
         call("x.png")
 
 
-def test_no_model_error_escapes_its_class():
+def test_a_network_without_stci_is_a_user_error():
     with pytest.raises(UserError):
-        look_inside(build_model("seresnet18", 2), torch.randn(1, 3, 64, 64))
+        describe_network(build_model("seresnet18", 2), torch.randn(1, 3, 64, 64))
+
+
+def test_no_page_overwrites_an_image_that_was_given():
+    write_checkpoint()
+    write_image("photo.png")
+    photo = Path("photo.png").read_bytes()
+    message = refusal_of("photo.png", out=".")
+    assert message.startswith("--out would overwrite photo.png, which is one of the inputs")
+    assert Path("photo.png").read_bytes() == photo
+
+
+def test_a_folder_of_png_images_is_not_overwritten_by_its_pages():
+    write_checkpoint()
+    for name in ("a", "b"):
+        write_image(f"pictures/{name}.png")
+    before = {path: path.read_bytes() for path in Path("pictures").iterdir()}
+    assert "which is one of the inputs" in refusal_of("pictures", out="pictures")
+    assert {path: path.read_bytes() for path in Path("pictures").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["x.png", "ais_by_class.png", "ais_by_class.csv"])
+def test_files_that_the_tool_did_not_write_are_not_overwritten(name):
+    write_checkpoint()
+    write_image("x.jpg")
+    write_image("data/dotted/1.jpg")
+    Path("seen").mkdir()
+    Path("seen", name).write_text("mine")
+    message = refusal_of("x.jpg", "data")
+    assert f"seen/{name}, which this tool did not write" in message
+    assert Path("seen", name).read_text() == "mine"
+    assert [path.name for path in Path("seen").iterdir()] == [name]  # refused before the first page
+
+
+def test_a_link_from_a_page_to_a_picture_is_not_followed():
+    write_checkpoint()
+    write_image("x.jpg")
+    write_image("other.png")
+    other = Path("other.png").read_bytes()
+    Path("seen").mkdir()
+    Path("seen/x.png").symlink_to(Path("other.png").resolve())
+    assert "did not write" in refusal_of("x.jpg")
+    assert Path("other.png").read_bytes() == other
+
+
+def test_pages_and_tables_of_an_earlier_call_are_replaced():
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    write_checkpoint()
+    write_image("x.jpg")
+    write_image("data/dotted/1.jpg")
+    call("x.jpg", "data")
+    before = Path("seen/x.png").read_bytes()
+    call("x.jpg", "data", "--block", "layer4.0")
+    assert Path("seen/x.png").read_bytes() != before
+    assert "one of the inputs" in refusal_of("seen/x.png")  # the page itself is an input here
+
+
+def test_a_folder_with_pictures_and_class_folders_gives_both(capsys):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    write_checkpoint()
+    write_image("data/x.png")
+    write_image("data/dotted/1.png")
+    Path("data/notes.txt").write_text("")
+    Path("data/dotted/old.gif").write_bytes(b"")
+    call("data")
+    out, err = capsys.readouterr()
+    assert out == "wrote seen/x.png\nwrote seen/ais_by_class.png and ais_by_class.csv\n"
+    assert err.splitlines()[0].startswith("data: ignored by their names: 1 .txt, 1 .gif (images")
+
+
+def test_names_that_are_not_utf8_are_drawn_and_printed(capsys):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    write_checkpoint()
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    write_image("x.png")
+    Path("x.png").rename(f"{name}.png")
+    write_image("classes/x/1.png")
+    Path("classes/x").rename(f"classes/{name}")
+    call(f"{name}.png", "classes")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "wrote seen/caf\\xe9.png" and Path(f"seen/{name}.png").is_file()
+    assert b"\ncaf\xe9,1," in Path("seen/ais_by_class.csv").read_bytes()
+
+
+def test_checkpoint_is_accepted_as_another_name_of_weights():
+    words = ["x.png", "--out", "seen", "--checkpoint", "best.pt"]
+    assert visualize.parse_args(words).weights == Path("best.pt")

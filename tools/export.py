@@ -1,15 +1,16 @@
-"""Write a trained network in a form that runs without this code: torch.export or ONNX.
+"""Export a trained network to a file that runs without this code: torch.export or ONNX.
 
-  python -m tools.export --checkpoint runs/dtd_fold1_twistnet18_seed42/best.pt --out twistnet18.pt2
-  python -m tools.export --checkpoint weights/twistnet18_imagenet.pt --out twistnet18.onnx
+  python -m tools.export --weights runs/dtd_fold1_twistnet18_seed42/best.pt --out twistnet18.pt2
+  python -m tools.export --weights weights/twistnet18_imagenet.pt --out twistnet18.onnx
 
-Input "images": float32, B x 3 x H x W, RGB from 0 to 1, any B, H and W from 33 px. ImageNet's mean
-and standard deviation are inside the network: do not take them out before. Output "logits":
-float32, B x classes. Resizing and cropping stay outside. Class names, image size and where the
-weights come from go into the file: metadata of the ONNX model, extra file about.json of a .pt2.
+Input "images": float32, B x 3 x H x W, RGB from 0 to 1, any B, H and W from 33 px. The exported
+network normalises with ImageNet's mean and standard deviation itself; do not normalise before.
+Output "logits": float32, B x classes. Resize and crop before. Class names, image size and the
+checksum of the weights are stored in the file: as metadata of an ONNX model, and as the extra
+file about.json of a .pt2.
 
-The file is read back and compared with the network at two batch sizes and two image sizes; it is
-kept only when they agree. ONNX needs: pip install onnx onnxscript onnxruntime
+The file is read back and compared with the network at two batch sizes and two image sizes, and is
+kept only if they agree. ONNX needs: pip install onnx onnxscript onnxruntime
 """
 
 import importlib
@@ -26,15 +27,17 @@ from torch import Tensor, nn
 
 from common.cli import Parser, run
 from common.errors import UserError
+from common.files import check_outputs
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
 from models.weights import load_trained
 
-TOLERANCE = 1e-4  # of the largest logit; measured: about 1e-6
+TOLERANCE = 1e-4  # relative to the largest logit; about 1e-6 was measured
+MARK = b"sha256_of_weights"  # every file that this tool writes contains it
 INPUT = "float32, B x 3 x H x W, RGB from 0 to 1; normalisation is inside the network"
 
 
 class Normalised(nn.Module):
-    """A network behind its normalisation: images from 0 to 1."""
+    """A network preceded by its normalisation; takes images from 0 to 1."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -49,6 +52,7 @@ class Normalised(nn.Module):
 def parse_args(argv: list[str] | None):
     parser = Parser(prog="python -m tools.export", description=__doc__)
     parser.add_argument(
+        "--weights",
         "--checkpoint",
         type=Path,
         required=True,
@@ -65,8 +69,6 @@ def parse_args(argv: list[str] | None):
     args = parser.parse_args(argv)
     if args.out.suffix not in FORMATS:
         parser.error(f"--out {args.out}: the name must end in {' or '.join(FORMATS)}")
-    if not args.out.resolve().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     return args
 
 
@@ -74,8 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     write, read = FORMATS[args.out.suffix]
     if args.out.suffix == ".onnx":
-        need_onnx()
-    model, about = load_trained(args.checkpoint)
+        require_onnx()
+    check_outputs([args.out], flag="--out", mark=MARK, inputs=[args.weights])
+    model, about = load_trained(args.weights)
     size = about["config"].get("img_size", 224)
     facts = {
         "model": about["model"],
@@ -88,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=args.out.resolve().parent, prefix=".export-") as new:
             path = Path(new) / args.out.name
-            write(traced(model), path, facts)
+            write(trace(model), path, facts)
             difference = compare(model, read(path), size)
             os.replace(path, args.out)
     except OSError as error:
@@ -99,20 +102,21 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def need_onnx() -> None:
+def require_onnx() -> None:
+    """Raise UserError unless the packages are installed that ONNX export needs."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise UserError(
                 f"ONNX needs {name}: pip install onnx onnxscript onnxruntime, or "
-                "give --out a name that ends in .pt2"
+                "choose an --out that ends in .pt2"
             ) from error
 
 
-def traced(model: nn.Module) -> torch.export.ExportedProgram:
+def trace(model: nn.Module) -> torch.export.ExportedProgram:
     """The network with its normalisation as a graph, for any batch and image size."""
-    # from 33 px: the last stage of a smaller image is one position, which the tracer sets apart
+    # from 33 px: smaller images end in a single position, for which the tracer specialises
     sizes = {
         0: torch.export.Dim("batch"),
         2: torch.export.Dim("height", min=33),
@@ -123,9 +127,9 @@ def traced(model: nn.Module) -> torch.export.ExportedProgram:
 
 
 def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], size: int) -> float:
-    """The largest difference of a logit over two batch sizes and two image sizes, each printed.
+    """The largest difference of a logit over two batch sizes and two image sizes; prints each.
 
-    The network sees what training's validation gives it. Ends the process where they disagree.
+    Ends the process with exit code 1 if the exported network disagrees with the original.
     """
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
@@ -157,21 +161,21 @@ def read_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own deprecated calls
-        made = torch.onnx.export(
+        warnings.simplefilter("ignore")  # the exporter itself makes deprecated calls
+        exported = torch.onnx.export(
             program,
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
             verbose=False,
         )
-    made.model.metadata_props.update(
+    exported.model.metadata_props.update(
         {
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in facts.items()
         }
     )
-    made.save(path, external_data=False)
+    exported.save(path, external_data=False)
 
 
 def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:

@@ -1,9 +1,10 @@
-"""Name what is on images: the five most probable classes of each, with their probabilities.
+"""Classify images: print the five most probable classes of each, with their probabilities.
 
-  python -m tools.predict --checkpoint runs/dtd_fold1_twistnet18_seed42/best.pt photo.jpg scans/
+  python -m tools.predict --weights runs/dtd_fold1_twistnet18_seed42/best.pt photo.jpg scans/
 
-Takes images and folders, which are searched for images at any depth. An image is resized and
-cropped as in validation. One that cannot be read is named on stderr; the exit code is then 1.
+Takes image files, and folders, which are searched for images at any depth. Images are resized and
+cropped as in validation. An image that cannot be read is named on stderr with the reason, and the
+exit code is then 1.
 """
 
 import csv
@@ -17,15 +18,16 @@ import torch
 
 from common.cli import Parser, at_least, run
 from common.errors import UserError
-from common.files import write_atomic
+from common.files import check_outputs, printable, write_atomic
 from common.processes import usable_cpus
-from data.images import EvalSet, ImageFiles
+from data.images import EvalSet, ImageFiles, read_rgb
 from data.loading import eval_batches
-from data.splits import list_images
 from data.transforms import EvalTransform, normalise, trained_transform
 from models.weights import load_trained
+from tools.find_images import check_exists, describe_ignored_files, find_images
 
 TOP = 5
+MARK = b"file,class_1,probability_1"  # every table that this tool writes starts with it
 
 
 def parse_args(argv: list[str] | None):
@@ -38,6 +40,7 @@ def parse_args(argv: list[str] | None):
         help="image file, or folder of images at any depth",
     )
     parser.add_argument(
+        "--weights",
         "--checkpoint",
         type=Path,
         required=True,
@@ -48,68 +51,81 @@ def parse_args(argv: list[str] | None):
         "--csv",
         type=Path,
         metavar="FILE",
-        help="also write file, class_1, probability_1, … class_5, probability_5",
+        help="also write a table: file, class_1, probability_1, … class_5, probability_5",
     )
     parser.add_argument(
         "--img_size",
         type=at_least(32),
         metavar="PX",
-        help="crop (default: that of the checkpoint, else 224)",
+        help="size of the centre crop (default: as in training, else 224)",
     )
     parser.add_argument(
-        "--batch_size", type=at_least(1), default=32, metavar="B", help="images at a time"
+        "--batch_size", type=at_least(1), default=32, metavar="B", help="images per batch"
     )
     parser.add_argument(
         "--workers",
         type=at_least(0),
         default=4,
         metavar="N",
-        help="loader processes, at most the CPUs there are",
+        help="loader processes, at most one per CPU",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    files = find_images(args.images)
-    if args.csv and not args.csv.resolve().parent.is_dir():
-        raise UserError(f"--csv {args.csv}: there is no folder {args.csv.parent}")
-    model, about = load_trained(args.checkpoint)
+
+    # everything that was given is checked before the first image is read
+    files = list_inputs(args.images)
+    if args.csv:
+        check_outputs([args.csv], flag="--csv", mark=MARK, inputs=[args.weights, *files])
+    model, about = load_trained(args.weights)
     transform = trained_transform(about["config"], args.img_size)
     names = about["classes"] or [f"class {i}" for i in range(about["num_classes"])]
-    rows, unread = [], 0
+
+    # one line per image
+    rows, unreadable = [], 0
     for file, ranked in predict(model, files, transform, args.batch_size, args.workers):
         if ranked is None:
-            print(f"{shown(file)}: cannot be read as an image", file=sys.stderr)
-            unread += 1
+            print(explain_unreadable(file), file=sys.stderr)
+            unreadable += 1
             continue
-        best = [(names[label], chance) for label, chance in ranked]
-        print(f"{shown(file)}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in best))
+        best = [(names[label], probability) for label, probability in ranked]
+        line = ", ".join(f"{printable(name)} {100 * p:.1f} %" for name, p in best)
+        print(f"{printable(file)}: {line}")
         rows.append([str(file), *(x for name, p in best for x in (name, f"{p:.6f}"))])
+
     if args.csv:
         write_csv(args.csv, rows, min(TOP, len(names)))
-    if unread:
-        print(f"{unread} of {len(files)} images cannot be read", file=sys.stderr)
+    if unreadable:
+        print(f"{unreadable} of {len(files)} images cannot be read", file=sys.stderr)
         sys.exit(1)
 
 
-def find_images(places: list[Path]) -> list[Path]:
-    """The files named, and all images in the folders named; UserError where there are none."""
-    found = []
+def list_inputs(places: list[Path]) -> list[Path]:
+    """The files named, and all images in the folders named. Raises UserError if there are none.
+
+    Files in the folders that are not images by their names are counted on stderr.
+    """
+    files = []
     for place in places:
-        if place.is_dir():
-            try:
-                inside = list_images(place, ".")
-            except OSError as error:
-                raise UserError(f"{error.filename}: {error.strerror}") from error
-            if not inside:
-                raise UserError(f"{place}: no images in this folder")
-            found += [place / file for file in inside]
-        elif place.exists():
-            found.append(place)
-        else:
-            raise UserError(f"{place}: no such file or folder")
-    return found
+        check_exists(place)
+        if not place.is_dir():
+            files.append(place)
+            continue
+        files += [place / file for file in find_images(place)]
+        if ignored := describe_ignored_files(place):
+            print(f"{printable(place)}: {ignored}", file=sys.stderr)
+    return files
+
+
+def explain_unreadable(file: Path) -> str:
+    """Why an image cannot be read: loader workers report only that it cannot, so try again here."""
+    try:
+        read_rgb(file)
+    except OSError as error:
+        return printable(str(error))
+    return f"{printable(file)} could not be read as an image, but can be read now: try again"
 
 
 @torch.inference_mode()
@@ -120,7 +136,7 @@ def predict(
     batch_size: int,
     workers: int,
 ):
-    """Yield (file, [(label, probability)], best first), with None for a file that is no image."""
+    """Yield (file, [(label, probability), …]), best first; None for a file that cannot be read."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, memory_format=torch.channels_last)
     listing = np.array([os.fsencode(file) for file in files])
@@ -140,17 +156,12 @@ def predict(
             yield files[index], None if batch.broken[i] else ranked
 
 
-def shown(file: Path) -> str:
-    """The name as any terminal can print it, whatever bytes it has."""
-    return os.fsencode(file).decode("utf-8", "backslashreplace")
-
-
 def write_csv(path: Path, rows: list[list], top: int) -> None:
+    """Write one row per image; the names of files keep their bytes."""
+    ranks = range(1, top + 1)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(
-        ["file", *(x for i in range(1, top + 1) for x in (f"class_{i}", f"probability_{i}"))]
-    )
+    writer.writerow(["file", *(x for i in ranks for x in (f"class_{i}", f"probability_{i}"))])
     writer.writerows(rows)
     try:
         write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))

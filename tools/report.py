@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import write_atomic
+from common.files import check_outputs, write_atomic
 from sweeps.curves import draw_curves, draw_gates, draw_learning
-from sweeps.figures import draw_classes, draw_confusion, draw_paired
+from sweeps.figures import AUTHOR_KEYS, draw_classes, draw_confusion, draw_paired, mark_of
 from sweeps.grid import Sweep, read_sweep
 from sweeps.page import build_page
 from sweeps.results import read_log
@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
         "--out",
         type=Path,
         default=Path("curves.png"),
-        help="PNG that --curves writes (default: %(default)s)",
+        help="picture that --curves writes (.png, .pdf or .svg) (default: %(default)s)",
     )
     args = parser.parse_args()
     if (args.run_dir is None) == (args.curves is None):
@@ -129,6 +129,10 @@ def draw_figures(sweep: Sweep, rows: list[Row], baseline: str, best: str | None)
 
 def write_curves(jobs: list[Path], out: Path) -> None:
     """One PNG of the logs of all jobs; a folder of run folders stands for all of them."""
+    if out.suffix not in AUTHOR_KEYS:
+        raise UserError(f"--out {out}: the name must end in {', '.join(AUTHOR_KEYS)}")
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    check_outputs([out], flag="--out", mark=mark_of("tools.report"))
     logs = {}
     for job in jobs:
         found = [job] if (job / "log.jsonl").is_file() else log_folders(job)
