@@ -100,7 +100,8 @@ def _key(source: ImageFiles) -> str:
     for index, name in enumerate(source.files.tolist()):
         try:
             about = os.stat(source.path(index))
-            digest.update(name + f"\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+            state = (about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+            digest.update(name + f"\0{state}\0".encode())
         except OSError:  # reading it will tell
             digest.update(name + b"\0\0")
     return digest.hexdigest()[:16]

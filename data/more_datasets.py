@@ -1,10 +1,15 @@
-"""The other datasets of the comparison, read as their owners ship them.
+"""The other datasets of the comparison, in the layouts in which they are published.
 
-FMD (Sharan et al.), KTH-TIPS2-b (Caputo et al.), CUB-200-2011 (Wah et al.) and Oxford Flowers-102
-(Nilsback and Zisserman). Every loader takes (data_dir, fold), gives Splits and raises UserError.
+FMD (Sharan et al., Material perception, Journal of Vision 2009), KTH-TIPS2-b (Caputo et al.,
+Class-specific material categorisation, ICCV 2005), CUB-200-2011 (Wah et al., Caltech technical
+report CNS-TR-2011-001, 2011) and Oxford Flowers-102 (Nilsback and Zisserman, Automated flower
+classification over a large number of classes, ICVGIP 2008).
+
+Every loader takes (data_dir, fold), returns Splits and raises UserError.
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from torchvision.datasets import Flowers102
@@ -12,7 +17,7 @@ from torchvision.datasets import Flowers102
 from common.errors import UserError
 from data.splits import (
     SPLITS,
-    PresentImages,
+    ExistingFiles,
     Splits,
     check_fold,
     class_folders,
@@ -20,6 +25,7 @@ from data.splits import (
     list_images,
     make_splits,
     read_fields,
+    report_left_out,
     shuffled,
     stratified_splits,
 )
@@ -29,55 +35,62 @@ CUB_FILES = ["images.txt", "image_class_labels.txt", "train_test_split.txt", "cl
 
 
 def load_fmd(data_dir: Path, fold: int) -> Splits:
-    """Flickr Material Database: image/<class>/*.jpg; its owners publish no split."""
+    """Flickr Material Database: image/<class>/*.jpg; it is published without splits."""
     check_fold(fold, [1, 2, 3, 4, 5], "fmd")
     root = data_dir / "image" if (data_dir / "image").is_dir() else data_dir
     names = class_folders(root)
     if len(names) < 2 or not all(list_images(root, name) for name in names):
-        raise UserError(f"--data_dir {data_dir}: no FMD here (image/<class>/*.jpg looked for)")
+        raise UserError(f"--data_dir {data_dir}: FMD not found (expected image/<class>/*.jpg)")
     return stratified_splits(root, fold)
 
 
 def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
-    """KTH-TIPS2-b: <class>/sample_{a,b,c,d}/*.png, four physical samples of a material.
+    """KTH-TIPS2-b: <class>/sample_{a,b,c,d}/*.png, four physical samples of each material.
 
     Fold k tests on the k-th sample, validates on the next (cyclically) and trains on the other two:
-    the photographs of one sample are so alike that a random split would leak.
+    the photographs of one sample are so similar that a random split would leak.
     """
+    # Where the dataset is.
     check_fold(fold, [1, 2, 3, 4], "kth_tips2b")
     nested = data_dir / "KTH-TIPS2-b"
     root = nested if nested.is_dir() else data_dir
     classes = class_folders(root)
     if not any((root / name / sample).is_dir() for name in classes for sample in KTH_SAMPLES):
         raise UserError(
-            f"--data_dir {data_dir}: no KTH-TIPS2-b here (<class>/sample_a/*.png looked for)"
+            f"--data_dir {data_dir}: KTH-TIPS2-b not found (expected <class>/sample_a/*.png)"
         )
+
+    # Whole samples go to splits.
     split_of = dict.fromkeys(KTH_SAMPLES, "train")
     split_of[KTH_SAMPLES[fold - 1]] = "test"
     split_of[KTH_SAMPLES[fold % 4]] = "val"
-    listed = {split: [] for split in SPLITS}
+    left_out, listed = Counter(), {split: [] for split in SPLITS}
     for label, name in enumerate(classes):
         for sample, split in split_of.items():
             place = f"{name}/{sample}"
-            images = list_images(root, place) if (root / place).is_dir() else []
+            images = list_images(root, place, left_out) if (root / place).is_dir() else []
             if not images:
-                raise UserError(f"{root / place}: holds no image; every class has four samples")
+                raise UserError(f"{root / place}: has no images; every class has four samples")
             listed[split] += [(image, label) for image in images]
+    report_left_out(root, left_out)
     return make_splits(root, classes, listed)
 
 
 def load_cub200(data_dir: Path, fold: int) -> Splits:
-    """CUB-200-2011 with its official test set; a stratified tenth of the rest validates."""
+    """CUB-200-2011 with its official test set; a stratified tenth of the training set validates."""
+    # Its four tables, {id: (file:line, value)}.
     check_fold(fold, [1], "cub200")
     root = find_root(data_dir, ["", "CUB_200_2011"], [*CUB_FILES, "images"], "CUB-200-2011")
     images, label_of, is_train, names = (_read_cub(root / file) for file in CUB_FILES)
     classes = sorted(names, key=int)
-    present = PresentImages(root / "images")
+
+    # The official split: training images by class, test images with their labels.
+    existing = ExistingFiles(root / "images")
     training = {class_id: [] for class_id in classes}
     listed = {split: [] for split in SPLITS}
     for image_id, (here, image) in images.items():
-        if image not in present:
-            raise UserError(f"{here}: {present.root / image} is missing")
+        if image not in existing:
+            raise UserError(f"{here}: {existing.root / image} is missing")
         for file, table in zip(CUB_FILES[1:3], (label_of, is_train), strict=True):
             if image_id not in table:
                 raise UserError(f"{root / file}: has no line for image {image_id}")
@@ -85,12 +98,13 @@ def load_cub200(data_dir: Path, fold: int) -> Splits:
         if class_id not in training:
             raise UserError(f"{where}: class {class_id} is not in classes.txt")
         if flag not in ("0", "1"):
-            raise UserError(f"{flag_at}: 0 or 1 wanted, found {flag!r}")
+            raise UserError(f"{flag_at}: expected 0 or 1, found {flag!r}")
         if flag == "1":
             training[class_id].append(f"images/{image}")
         else:
             listed["test"].append((f"images/{image}", classes.index(class_id)))
 
+    # A tenth of each class's training images validates.
     for label, class_id in enumerate(classes):
         files = shuffled(training[class_id], fold)
         if len(files) < 2:
@@ -102,11 +116,11 @@ def load_cub200(data_dir: Path, fold: int) -> Splits:
 
 
 def _read_cub(path: Path) -> dict[str, tuple[str, str]]:
-    """One of CUB's tables, lines "id value" -> {id: ("file:line", value)}."""
+    """One of CUB's tables, lines "id value", as {id: ("file:line", value)}."""
     table = {}
     for number, (key, value) in read_fields(path, None, 2):
         if not key.isdecimal() or key in table:
-            raise UserError(f"{path}:{number}: id {key!r} is no number or stands twice")
+            raise UserError(f"{path}:{number}: id {key!r} is not a number or is used twice")
         table[key] = (f"{path}:{number}", value)
     return table
 
@@ -117,7 +131,7 @@ def load_flowers102(data_dir: Path, fold: int) -> Splits:
     try:
         import scipy.io  # noqa: F401
     except ImportError as error:
-        raise UserError("--dataset flowers102: needs scipy; pip install scipy") from error
+        raise UserError("--dataset flowers102 needs scipy: pip install scipy") from error
     parent = Path(os.path.abspath(data_dir))
     if parent.name == "flowers-102" and (parent / "jpg").is_dir():
         parent = parent.parent
@@ -130,11 +144,11 @@ def load_flowers102(data_dir: Path, fold: int) -> Splits:
             listed[split] = list(zip(files, flowers._labels, strict=True))
     except RuntimeError as error:  # torchvision: not found, or another checksum
         raise UserError(
-            f"--data_dir {data_dir}: no Flowers-102 here (flowers-102/ with jpg/ and the official"
-            " imagelabels.mat and setid.mat looked for)"
+            f"--data_dir {data_dir}: Flowers-102 not found (expected flowers-102/ with jpg/ and the"
+            " official imagelabels.mat and setid.mat)"
         ) from error
-    present = PresentImages(root)
+    existing = ExistingFiles(root)
     for image, _ in (row for rows in listed.values() for row in rows):
-        if image not in present:
-            raise UserError(f"{root / image}: is missing, and setid.mat names it")
+        if image not in existing:
+            raise UserError(f"{root / image} is missing, though setid.mat lists it")
     return make_splits(root, list(Flowers102.classes), listed)

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +11,25 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common.errors import UserError
+from common.files import read_text
 from data.images import ImageFiles
 
 SPLITS = ("train", "val", "test")
+# Image formats that are left out of every listing, and counted so that nobody misses them.
+LEFT_OUT_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".tga")
+# What macOS, Synology, Windows and ext file systems add to folders, some of it with thumbnails.
+SYSTEM_FOLDERS = {
+    "__MACOSX",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """One fold of a dataset; labels are positions in `classes`, files lie below one `root`."""
+    """One fold of a dataset; labels are positions in `classes`, all files are below one `root`."""
 
     classes: list[str]
     train: ImageFiles
@@ -29,11 +42,14 @@ class Splits:
 
 
 def make_splits(root: Path, classes: list[str], listed: dict[str, list[tuple[str, int]]]) -> Splits:
-    """Splits from {"train": [(file below root, label)], "val": …, "test": …}; none may be empty."""
+    """Splits from {"train": [(file below root, label)], "val": …, "test": …}.
+
+    Raises UserError where one of them is empty.
+    """
     parts = {}
     for split in SPLITS:
         if not listed[split]:
-            raise UserError(f"{root}: the {split} split holds no image")
+            raise UserError(f"{root}: the {split} split has no images")
         files, labels = zip(*listed[split], strict=True)
         encoded = np.array([os.fsencode(file) for file in files])
         parts[split] = ImageFiles(root, encoded, np.array(labels, dtype=np.int64))
@@ -41,7 +57,7 @@ def make_splits(root: Path, classes: list[str], listed: dict[str, list[tuple[str
 
 
 def fingerprint(splits: Splits) -> str:
-    """sha256 of class names, files and labels: equal where the same data lies somewhere else."""
+    """sha256 of class names, files and labels: the same wherever the data is stored."""
     return digest_of(splits.classes, {split: getattr(splits, split) for split in SPLITS})
 
 
@@ -55,70 +71,88 @@ def digest_of(classes: list[str], parts: dict[str, ImageFiles]) -> str:
 
 
 def check_fold(fold: int, folds: list[int], where) -> None:
-    """Raise UserError that says which folds there are, unless `fold` is one of them."""
+    """Raise UserError, naming the folds that exist, unless `fold` is one of them."""
     if fold not in folds:
-        runs_on = len(folds) > 1 and folds == list(range(1, len(folds) + 1))
-        there = f"1-{len(folds)}" if runs_on else ", ".join(map(str, folds)) or "none"
-        raise UserError(f"--fold {fold}: not among the folds of {where} ({there})")
+        consecutive = len(folds) > 1 and folds == list(range(1, len(folds) + 1))
+        existing = f"1-{len(folds)}" if consecutive else ", ".join(map(str, folds)) or "none"
+        raise UserError(f"--fold {fold}: not among the folds of {where} ({existing})")
 
 
 def find_root(data_dir: Path, inside: list[str], entries: list[str], name: str) -> Path:
-    """The first of data_dir / inside[i] that holds all `entries`; UserError where none does."""
+    """The first of data_dir / inside[i] that contains all `entries`; UserError where none does."""
     for place in inside:
         if all((data_dir / place / entry).exists() for entry in entries):
             return data_dir / place
-    places = " and ".join(["it", *(f"its {place}/" for place in inside if place)])
+    places = " or ".join(["it", *(f"its {place}/" for place in inside if place)])
     raise UserError(
-        f"--data_dir {data_dir}: no {name} here ({', '.join(entries)} looked for in {places})"
+        f"--data_dir {data_dir}: {name} not found (expected {', '.join(entries)} in {places})"
     )
 
 
 def class_folders(root: Path) -> list[str]:
-    """Names of the folders in `root`, sorted, hidden ones (.ipynb_checkpoints) left out."""
+    """Names of the folders in `root`, sorted; hidden (.ipynb_checkpoints) and system ones not."""
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in entries if e.is_dir() and not _is_skipped(e.name))
 
 
-def list_images(root: Path, folder: str, times: dict[str, int] | None = None) -> list[str]:
-    """Images anywhere below root/folder, as sorted paths below root; hidden names left out.
+def list_images(root: Path, folder: str, left_out: Counter | None = None) -> list[str]:
+    """Images anywhere below root/folder, as sorted paths below root; hidden names are skipped.
 
-    `times` is filled with every folder that was listed and when it changed, in ns.
+    `left_out` counts the images whose format is not read, by suffix, for report_left_out.
     """
     found, visited = [], {os.path.realpath(root / folder)}
     for place, folders, names in os.walk(root / folder, onerror=_raise, followlinks=True):
         here = os.path.relpath(place, root)
-        if times is not None:
-            times[here] = os.stat(place).st_mtime_ns
         prefix = "" if here == "." else f"{here}/"
-        found += [
-            prefix + name
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
+        names = [name for name in names if not name.startswith(".")]
+        found += [prefix + name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+        if left_out is not None:
+            suffixes = (os.path.splitext(name)[1].lower() for name in names)
+            left_out.update(suffix for suffix in suffixes if suffix in LEFT_OUT_SUFFIXES)
         real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        # A link to a folder that was seen already would put one image into two splits.
-        folders[:] = [n for n, p in real.items() if not n.startswith(".") and p not in visited]
+        # A link to a folder that was visited already would put one image into two splits.
+        folders[:] = [n for n, p in real.items() if not _is_skipped(n) and p not in visited]
         visited.update(real.values())
     return sorted(found)
+
+
+def _is_skipped(folder: str) -> bool:
+    return folder.startswith(".") or folder in SYSTEM_FOLDERS
 
 
 def _raise(error: OSError):
     raise error
 
 
+def report_left_out(root: Path, left_out: Counter) -> None:
+    """Say once per listing, on stderr of rank 0, how many images of which formats were left out."""
+    if left_out and not int(os.environ.get("RANK") or 0):
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
+        print(
+            f"note: {root}: left out {counts}: convert these files to JPEG or PNG to use them",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def shuffled(files: list[str], fold: int) -> list[str]:
-    """An order of `files` that the fold and the names alone decide, the same on every machine."""
+    """Shuffle `files` in an order that depends only on the fold and the names, on any machine."""
     return sorted(files, key=lambda file: hashlib.sha256(os.fsencode(f"{fold}:{file}")).digest())
 
 
 def stratified_splits(root: Path, fold: int) -> Splits:
-    """The `fold`-th independent reshuffle of a folder of class folders, class by class 60/20/20."""
+    """The `fold`-th independent shuffle of a folder of class folders, split 60/20/20 per class.
+
+    Raises UserError for fewer than two classes, or fewer than three images in a class.
+    """
     classes = class_folders(root)
     if len(classes) < 2:
-        raise UserError(f"{root}: needs at least two class folders, holds {len(classes)}")
-    listed = {split: [] for split in SPLITS}
+        raise UserError(f"{root}: needs at least two class folders, has {len(classes)}")
+    left_out, listed = Counter(), {split: [] for split in SPLITS}
+    images = [list_images(root, name, left_out) for name in classes]
+    report_left_out(root, left_out)
     for label, name in enumerate(classes):
-        files = shuffled(list_images(root, name), fold)
+        files = shuffled(images[label], fold)
         if len(files) < 3:
             raise UserError(
                 f"{root / name}: {len(files)} images; a class needs at least 3, one for each split"
@@ -131,26 +165,24 @@ def stratified_splits(root: Path, fold: int) -> Splits:
 
 
 def read_fields(path: Path, separator: str | None, count: int) -> list[tuple[int, list[str]]]:
-    """Lines of a text file as (line number, fields); UserError names a line that has not `count`.
+    """Lines of a text file as (line number, fields); empty lines are left out.
 
-    Empty lines are left out; `separator` None means white space.
+    `separator` None means white space. Raises UserError naming a line that has not `count` fields.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not a text file ({error.reason})") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         fields = line.strip().split(separator)
         if len(fields) == count and all(fields):
             rows.append((number, fields))
         elif line.strip():
-            raise UserError(f"{path}:{number}: {count} fields wanted, found {line.strip()[:60]!r}")
+            raise UserError(
+                f"{path}:{number}: expected {count} fields, found {line.strip()[:60]!r}"
+            )
     return rows
 
 
-class PresentImages:
-    """Whether files are there, by one listing a folder instead of one stat a file."""
+class ExistingFiles:
+    """Whether files exist, by one listing per folder instead of one stat per file."""
 
     def __init__(self, root: Path):
         self.root, self.names = root, {}

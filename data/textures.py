@@ -1,4 +1,7 @@
-"""Datasets for fine-tuning as splits: DTD, any folder of class folders, and the registry of all."""
+"""Datasets for fine-tuning as splits: DTD, any folder of class folders, and the registry of all.
+
+The Describable Textures Dataset is from Cimpoi et al., Describing Textures in the Wild, CVPR 2014.
+"""
 
 import re
 import shutil
@@ -15,7 +18,7 @@ from common.errors import UserError
 from data import more_datasets
 from data.splits import (
     SPLITS,
-    PresentImages,
+    ExistingFiles,
     Splits,
     check_fold,
     class_folders,
@@ -28,29 +31,32 @@ from data.splits import (
 
 __all__ = ["DATASETS", "Splits", "download_dtd", "fingerprint", "load_splits"]
 
-DTD_PLACES = ["", "dtd", "dtd/dtd"]  # as unpacked by hand, by download_dtd, by torchvision
+DTD_PLACES = ["", "dtd", "dtd/dtd"]  # unpacked by hand, by download_dtd, by torchvision
 
 
 def load_splits(dataset: str, data_dir, fold: int, *, num_folds: int = 10) -> Splits:
-    """Train, val and test images of one fold; `num_folds` is read by the dataset `folder` alone.
+    """Train, val and test images of one fold; only the dataset `folder` reads `num_folds`.
 
-    Raises UserError, one line, for whatever keeps the data from being used.
+    Raises UserError, one line, for anything that makes the data unusable.
     """
     if dataset not in DATASETS:
-        raise UserError(f"--dataset {dataset}: unknown; there are {', '.join(DATASETS)}")
+        raise UserError(f"--dataset {dataset}: unknown; choose from {', '.join(DATASETS)}")
     data_dir = Path(data_dir)
     options = {"num_folds": num_folds} if dataset == "folder" else {}
     try:
         if not data_dir.is_dir():
             hint = ", or add --download" if dataset == "dtd" else ""
-            raise UserError(f"--data_dir {data_dir}: no such folder; give that of the data{hint}")
+            raise UserError(
+                f"--data_dir {data_dir}: no such folder; give the folder of the dataset{hint}"
+            )
         return DATASETS[dataset].load(data_dir, fold, **options)
     except OSError as error:
         raise UserError(f"{error.filename or data_dir}: {_reason(error)}") from error
 
 
 def load_dtd(data_dir: Path, fold: int) -> Splits:
-    """The Describable Textures Dataset with the splits its authors publish."""
+    """The Describable Textures Dataset with its official splits, labels/{train,val,test}K.txt."""
+    # Where the dataset is, and which folds it has.
     root = find_root(data_dir, DTD_PLACES, ["images", "labels"], "DTD")
     labels = root / "labels"
     names = {path.name for path in labels.iterdir()}
@@ -58,27 +64,29 @@ def load_dtd(data_dir: Path, fold: int) -> Splits:
     folds = [k for k in numbers if {f"val{k}.txt", f"test{k}.txt"} <= names]
     check_fold(fold, folds, labels)
 
-    present, seen, listed = PresentImages(root / "images"), {}, {}
+    # The files of each split; an image in two of them would leak.
+    existing, seen, listed = ExistingFiles(root / "images"), {}, {}
     for split in SPLITS:
         path = labels / f"{split}{fold}.txt"
         listed[split] = []
         for number, (name, file) in read_fields(path, "/", 2):
             image, here = f"{name}/{file}", f"{path}:{number}"
-            if image not in present:
-                raise UserError(f"{here}: {present.root / image} is missing")
+            if image not in existing:
+                raise UserError(f"{here}: {existing.root / image} is missing")
             if image in seen:
                 raise UserError(f"{here}: {image} is already in {seen[image]}")
             seen[image] = here
             listed[split].append((image, name))
         if not listed[split]:
-            raise UserError(f"{path}: names no image")
+            raise UserError(f"{path}: lists no images")
 
+    # Labels by the sorted names of the training classes.
     classes = sorted({name for _, name in listed["train"]})
     label_of = {name: label for label, name in enumerate(classes)}
     for images in listed.values():
         for image, name in images:
             if name not in label_of:
-                raise UserError(f"{seen[image]}: no image of class {name} is in train{fold}.txt")
+                raise UserError(f"{seen[image]}: class {name} has no image in train{fold}.txt")
     relative = {
         split: [(f"images/{image}", label_of[name]) for image, name in images]
         for split, images in listed.items()
@@ -87,10 +95,10 @@ def load_dtd(data_dir: Path, fold: int) -> Splits:
 
 
 def download_dtd(data_dir) -> None:
-    """Fetch DTD into data_dir/dtd by torchvision's downloader and checksum, unless it is there.
+    """Download DTD into data_dir/dtd, unless it exists, with torchvision's checksum.
 
-    It is unpacked beside its place and moved in whole, so an interrupted download leaves nothing
-    that could be taken for the dataset. Raises UserError.
+    It is unpacked into a temporary folder and moved when it is complete, so that an interrupted
+    download leaves nothing that looks like the dataset. Raises UserError.
     """
     data_dir = Path(data_dir)
     if any((data_dir / place / "labels").is_dir() for place in DTD_PLACES):
@@ -99,12 +107,12 @@ def download_dtd(data_dir) -> None:
         data_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as staging:
             DTD(staging, download=True)
-            # Where dtd/ is there already it goes inside, where load_dtd looks as well.
+            # If dtd/ exists already, this becomes dtd/dtd, where load_dtd looks as well.
             shutil.move(Path(staging, "dtd", "dtd"), data_dir / "dtd")
     except (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError) as error:
         what = str(error).strip().splitlines()
         raise UserError(
-            f"--download: DTD could not be fetched from {DTD._URL} into {data_dir}"
+            f"--download: could not download DTD from {DTD._URL} into {data_dir}"
             f" ({what[0] if what else type(error).__name__})"
         ) from error
 
@@ -116,7 +124,7 @@ def load_folder(data_dir: Path, fold: int, *, num_folds: int = 10) -> Splits:
     if names and set(names) <= {"train", "val", "valid", "validation", "test"}:
         raise UserError(
             f"--data_dir {data_dir}: {', '.join(names)} are splits, not classes;"
-            f" give one of them: folds are made from a folder of class folders"
+            " give one of them: folds are made from a folder of class folders"
         )
     return stratified_splits(data_dir, fold)
 
@@ -125,7 +133,7 @@ def _reason(error: OSError) -> str:
     return "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
 
 
-class Dataset(NamedTuple):
+class DatasetInfo(NamedTuple):
     """How one dataset is loaded, (data_dir, fold) -> Splits, and which folds it has."""
 
     load: Callable[..., Splits]
@@ -133,10 +141,10 @@ class Dataset(NamedTuple):
 
 
 DATASETS = {
-    "dtd": Dataset(load_dtd, "1-10, official"),
-    "folder": Dataset(load_folder, "1 to --num_folds, stratified reshuffles 60/20/20"),
-    "fmd": Dataset(more_datasets.load_fmd, "1-5, stratified reshuffles 60/20/20"),
-    "kth_tips2b": Dataset(more_datasets.load_kth_tips2b, "1-4, one physical sample tests"),
-    "cub200": Dataset(more_datasets.load_cub200, "1, official"),
-    "flowers102": Dataset(more_datasets.load_flowers102, "1, official"),
+    "dtd": DatasetInfo(load_dtd, "1-10, official"),
+    "folder": DatasetInfo(load_folder, "1 to --num_folds, stratified shuffles 60/20/20"),
+    "fmd": DatasetInfo(more_datasets.load_fmd, "1-5, stratified shuffles 60/20/20"),
+    "kth_tips2b": DatasetInfo(more_datasets.load_kth_tips2b, "1-4, tested on one physical sample"),
+    "cub200": DatasetInfo(more_datasets.load_cub200, "1, official"),
+    "flowers102": DatasetInfo(more_datasets.load_flowers102, "1, official"),
 }

@@ -64,6 +64,39 @@ def test_hidden_things_and_other_files_are_neither_classes_nor_images(tmp_path):
     assert listed(source) == [("a/1.jpg", 0), ("b/1.jpg", 1)]
 
 
+def test_system_folders_are_neither_classes_nor_searched(tmp_path):
+    make(tmp_path, "a/1.jpg", "__MACOSX/a/1.jpg", "lost+found/1.jpg", "a/@eaDir/1.jpg/thumb.jpg")
+    source, classes = list_tree(tmp_path)
+    assert classes == ["a"] and listed(source) == [("a/1.jpg", 0)]
+
+
+def test_images_in_formats_that_are_left_out_are_counted_once_per_listing(
+    tmp_path, capsys, monkeypatch
+):
+    make(tmp_path, "train/a/1.jpg", "train/a/x.GIF", "train/b/1.jpg", "train/b/deep/y.gif")
+    make(tmp_path, "train/b/z.heic", "train/b/._w.gif", "train/b/notes.txt", "val/a/1.jpg")
+    make(tmp_path, "val/b/1.jpg", "val/b/.gif")
+    train, _, _ = load_imagenet(tmp_path)
+    said = capsys.readouterr()
+    assert len(train) == 2 and said.out == ""
+    assert said.err == (
+        f"note: {tmp_path / 'train'}: left out 2 .gif, 1 .heic: convert these files to JPEG or PNG "
+        "to use them\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    load_imagenet(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_file_added_by_a_tool_that_restores_the_time_of_its_folder_is_listed(tmp_path):
+    make(tmp_path, *[f"{split}/{name}/1.jpg" for split in ("train", "val") for name in "ab"])
+    assert len(load_imagenet(tmp_path)[0]) == 2
+    times = os.stat(tmp_path / "train/a")
+    make(tmp_path, "train/a/2.jpg")
+    os.utime(tmp_path / "train/a", ns=(times.st_atime_ns, times.st_mtime_ns))  # as tar x does
+    assert len(load_imagenet(tmp_path)[0]) == 3
+
+
 def test_images_in_nested_folders_are_found(tmp_path):  # Tiny-ImageNet's train/<wnid>/images/
     make(tmp_path, "n1/images/n1_0.JPEG", "n1/images/n1_1.JPEG", "n1/n1_boxes.txt", "n2/0.JPEG")
     assert listed(list_tree(tmp_path)[0]) == [
@@ -110,8 +143,8 @@ def test_both_splits_share_their_labels(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["val/a/1.jpg"], "train is not there: --data_dir must be"),
-        (["train/a/1.jpg"], "val is not there: --data_dir must be"),
+        (["val/a/1.jpg"], "train does not exist: --data_dir must be"),
+        (["train/a/1.jpg"], "val does not exist: --data_dir must be"),
         (["train/1.jpg", "val/a/1.jpg"], "train has no class folders"),
         (["train/a/1.jpg", "val/a.jpg"], "val has no class folders"),
         (
@@ -141,7 +174,7 @@ def test_trees_that_would_give_wrong_numbers_are_refused_in_one_line(tmp_path, f
 def test_a_data_dir_that_is_missing_or_a_file(tmp_path):
     make(tmp_path, "file")
     for place in ("nowhere", "file"):
-        with pytest.raises(UserError, match=f"{place}/train is not there"):
+        with pytest.raises(UserError, match=f"{place}/train does not exist"):
             load_imagenet(tmp_path / place)
 
 
@@ -166,7 +199,10 @@ def test_no_permission_is_one_line(closed):
         make(root, "train/a/1.jpg", "val/a/1.jpg")
         (root / closed).chmod(0)
         try:
-            with unprivileged(), pytest.raises(UserError, match="ermission|not there") as caught:
+            with (
+                unprivileged(),
+                pytest.raises(UserError, match="ermission|not exist") as caught,
+            ):
                 load_imagenet(root)
             assert "\n" not in str(caught.value)
         finally:

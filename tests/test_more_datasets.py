@@ -9,7 +9,7 @@ from torchvision.datasets import Flowers102
 from common.errors import UserError
 from data.textures import DATASETS, fingerprint, load_splits
 
-COMPANIONS = ("fmd", "kth_tips2b", "cub200", "flowers102")
+NAMES = ("fmd", "kth_tips2b", "cub200", "flowers102")
 
 
 def touch(path):
@@ -46,6 +46,25 @@ def test_fmd_has_five_reshuffles_of_its_images_alone(fmd):
         load_splits("fmd", fmd, 6)
 
 
+def test_fmd_is_found_beside_the_folder_that_macos_adds(fmd):
+    expected = fingerprint(load_splits("fmd", fmd, 1))
+    touch(fmd / "image" / "__MACOSX" / "fabric" / "._fabric_000.jpg")
+    assert fingerprint(load_splits("fmd", fmd, 1)) == expected
+    assert fingerprint(load_splits("fmd", fmd / "image", 1)) == expected
+
+
+def test_images_in_formats_that_are_left_out_are_counted(fmd, kth, capsys):
+    touch(fmd / "image" / "water" / "a.avif")
+    touch(fmd / "image" / "water" / "b.jfif")
+    load_splits("fmd", fmd, 1)
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith(f"note: {fmd / 'image'}: left out 1 .avif, 1 .jfif: ")
+    touch(kth / "KTH-TIPS2-b" / "wool" / "sample_d" / "x.gif")
+    load_splits("kth_tips2b", kth, 1)
+    assert "left out 1 .gif" in capsys.readouterr().err
+
+
 @pytest.fixture
 def kth(tmp_path):
     for name in ("cork", "wool"):
@@ -76,7 +95,7 @@ def test_kth_keeps_each_physical_sample_in_one_split(kth, fold, test, val, train
 def test_kth_without_one_sample_is_refused(kth):
     for path in (kth / "KTH-TIPS2-b" / "wool" / "sample_c").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"wool/sample_c: holds no image"):
+    with pytest.raises(UserError, match=r"wool/sample_c: has no images"):
         load_splits("kth_tips2b", kth, 1)
     with pytest.raises(UserError, match=r"--fold 5: .*kth_tips2b \(1-4\)"):
         load_splits("kth_tips2b", kth, 5)
@@ -120,10 +139,14 @@ def test_cub_tests_on_the_official_images_and_validates_on_a_tenth(cub):
     ("table", "line", "message"),
     [
         ("images", "1 001.Albatross/99.jpg", r"images.txt:1: .*99.jpg is missing"),
-        ("images", "1", r"images.txt:1: 2 fields wanted, found '1'"),
-        ("images", "2 001.Albatross/0.jpg", r"images.txt:2: id '2' is no number or stands twice"),
+        ("images", "1", r"images.txt:1: expected 2 fields, found '1'"),
+        (
+            "images",
+            "2 001.Albatross/0.jpg",
+            r"images.txt:2: id '2' is not a number or is used twice",
+        ),
         ("image_class_labels", "1 7", r"image_class_labels.txt:1: class 7 is not in classes.txt"),
-        ("train_test_split", "1 yes", r"train_test_split.txt:1: 0 or 1 wanted, found 'yes'"),
+        ("train_test_split", "1 yes", r"train_test_split.txt:1: expected 0 or 1, found 'yes'"),
         ("train_test_split", "99 1", r"train_test_split.txt: has no line for image 1$"),
     ],
 )
@@ -132,6 +155,16 @@ def test_cub_tables_that_are_refused(cub, table, line, message):
     path.write_text("\n".join([line, *path.read_text().splitlines()[1:]]))
     with pytest.raises(UserError, match=message):
         load_splits("cub200", cub, 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_cub_tables_may_have_any_common_encoding(cub, encoding):
+    root = cub / "CUB_200_2011"
+    (root / "images" / "002.Auklet").rename(root / "images" / "002.Aukl\xe9t")
+    for path in root.glob("*.txt"):
+        path.write_bytes(path.read_text().replace("Auklet", "Aukl\xe9t").encode(encoding))
+    splits = load_splits("cub200", cub, 1)
+    assert splits.classes == ["001.Albatross", "002.Aukl\xe9t"] and len(splits.train) == 15
 
 
 @pytest.fixture
@@ -157,7 +190,7 @@ def test_flowers_splits_are_those_of_setid(flowers, inside):
     assert len(splits.classes) == 102 and splits.classes[0] == "pink primrose"
     assert splits.test.path(1).is_file()
     (flowers / "flowers-102" / "jpg" / "image_00006.jpg").unlink()
-    with pytest.raises(UserError, match=r"image_00006.jpg: is missing"):
+    with pytest.raises(UserError, match=r"image_00006.jpg is missing"):
         load_splits("flowers102", flowers / inside, 1)
 
 
@@ -167,13 +200,13 @@ def test_flowers_without_scipy_says_what_to_install(tmp_path, monkeypatch):
         load_splits("flowers102", tmp_path, 1)
 
 
-@pytest.mark.parametrize("dataset", COMPANIONS)
+@pytest.mark.parametrize("dataset", NAMES)
 def test_another_layout_is_refused_in_one_line(dataset, tmp_path):
     if dataset == "flowers102":
         pytest.importorskip("scipy.io", reason="Flowers-102 needs scipy")
     for place in ("", "images/banded"):
         touch(tmp_path / place / "banded_0001.jpg")
-        with pytest.raises(UserError, match=r"^--data_dir .*: no .* here \(") as caught:
+        with pytest.raises(UserError, match=r"^--data_dir .*: .* not found \(expected ") as caught:
             load_splits(dataset, tmp_path, 1)
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
     with pytest.raises(UserError, match="no such folder"):

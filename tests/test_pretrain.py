@@ -310,7 +310,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tree):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--data_dir", "nowhere"], "nowhere/train is not there"),
+        (["--data_dir", "nowhere"], "nowhere/train does not exist"),
         (["--model", "resnet50"], "--model"),
         (["--epochs", "0"], "--epochs"),
         (["--epoch", "3"], "--epoch"),

@@ -102,9 +102,9 @@ def test_dtd_fold_with_a_label_file_missing_is_no_fold(dtd):
     [
         ("val", "banded/banded_0099.jpg", r"val1.txt:2: .*banded_0099.jpg is missing$"),
         ("val", "nowhere/x.jpg", r"val1.txt:2: .*x.jpg is missing$"),
-        ("test", "banded_0001.jpg", r"test1.txt:2: 2 fields wanted, found 'banded_0001.jpg'$"),
-        ("test", "a/b/c.jpg", r"test1.txt:2: 2 fields wanted"),
-        ("test", "banded/", r"test1.txt:2: 2 fields wanted"),
+        ("test", "banded_0001.jpg", r"test1.txt:2: expected 2 fields, found 'banded_0001.jpg'$"),
+        ("test", "a/b/c.jpg", r"test1.txt:2: expected 2 fields"),
+        ("test", "banded/", r"test1.txt:2: expected 2 fields"),
     ],
 )
 def test_dtd_label_lines_that_are_refused(dtd, split, line, message):
@@ -123,26 +123,38 @@ def test_dtd_image_in_two_splits(dtd):
 
 def test_dtd_empty_split_and_binary_label_file(dtd):
     (dtd / "labels" / "val1.txt").write_text("\n\n")
-    with pytest.raises(UserError, match=r"val1.txt: names no image"):
+    with pytest.raises(UserError, match=r"val1.txt: lists no images"):
         load_splits("dtd", dtd, 1)
     (dtd / "labels" / "val1.txt").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(UserError, match=r"val1.txt: is not a text file"):
+    with pytest.raises(UserError, match=r"val1.txt:1: expected 2 fields, found"):
         load_splits("dtd", dtd, 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_dtd_label_files_may_have_any_common_encoding(dtd, encoding):
+    image = dtd / "images" / "banded" / "banded_0001.jpg"
+    image.rename(image.with_name("café.jpg"))
+    for path in (dtd / "labels").iterdir():
+        text = path.read_text().replace("banded_0001", "café").replace("\n", "\r\n")
+        path.write_bytes(text.encode(encoding))
+    splits = load_splits("dtd", dtd, 1)
+    assert "images/banded/café.jpg" in all_names(splits)
+    assert len(all_names(splits)) == 12 and splits.classes == ["banded", "blotchy"]
 
 
 def test_dtd_class_that_training_does_not_know(dtd):
     train = dtd / "labels" / "train1.txt"
     train.write_text("".join(f"{x}\n" for x in train.read_text().split() if "banded" in x))
-    with pytest.raises(UserError, match=r"val1.txt:3: no image of class blotchy is in train1.txt"):
+    with pytest.raises(UserError, match=r"val1.txt:3: class blotchy has no image in train1.txt"):
         load_splits("dtd", dtd, 1)
 
 
-def test_places_that_hold_no_data(tmp_path):
+def test_folders_without_the_data(tmp_path):
     with pytest.raises(UserError, match=r"absent: no such folder.*--download"):
         load_splits("dtd", tmp_path / "absent", 1)
-    with pytest.raises(UserError, match=r"no DTD here \(images, labels looked for"):
+    with pytest.raises(UserError, match=r"DTD not found \(expected images, labels in it"):
         load_splits("dtd", tmp_path, 1)
-    with pytest.raises(UserError, match=r"--dataset dtb: unknown; there are dtd, folder, fmd"):
+    with pytest.raises(UserError, match=r"--dataset dtb: unknown; choose from dtd, folder, fmd"):
         load_splits("dtb", tmp_path, 1)
 
 
@@ -156,7 +168,7 @@ def test_system_errors_end_in_one_line(dtd, monkeypatch):
     def refuse(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
     with pytest.raises(UserError, match=r"train1.txt: no permission$"):
         load_splits("dtd", dtd, 1)
 
@@ -215,7 +227,7 @@ def test_folders_that_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"few/b: 2 images; a class needs at least 3"):
         load_splits("folder", few, 1)
     one = make_folder(tmp_path / "one", {"a": 3})
-    with pytest.raises(UserError, match="at least two class folders, holds 1"):
+    with pytest.raises(UserError, match="at least two class folders, has 1"):
         load_splits("folder", one, 1)
     tree = make_folder(tmp_path / "tree", {"train": 3, "val": 3})
     with pytest.raises(UserError, match="train, val are splits, not classes"):
@@ -263,10 +275,10 @@ def test_download_is_found_by_the_same_data_dir(dtd, archive, tmp_path, folder):
 def test_download_that_fails_leaves_nothing_behind(archive, tmp_path, monkeypatch):
     target = tmp_path / "fresh" / "dtd"
     monkeypatch.setattr(DTD, "_MD5", "0" * 32)
-    with pytest.raises(UserError, match="--download: DTD could not be fetched") as caught:
+    with pytest.raises(UserError, match="--download: could not download DTD") as caught:
         download_dtd(target)
     assert "\n" not in str(caught.value)
     archive.unlink()
-    with pytest.raises(UserError, match="--download: DTD could not be fetched"):
+    with pytest.raises(UserError, match="--download: could not download DTD"):
         download_dtd(target)
     assert list(target.iterdir()) == []
