@@ -1,52 +1,86 @@
-"""STCI's middle part by hand: the same sums as stci.py's plain path, in fewer passes over memory.
+"""STCI faster on a CPU: the sums of stci.py, with every trick, in fewer passes over memory.
 
-The plain path walks over the 176 channels some thirty times a step: gathers, product, joining, AIS,
-group norm, their backwards. Here
-- f lies channel by channel, with all images' positions in one row, so that the products of one
-  distance d = j - i, z_i t_(i+d), are one pass over contiguous rows (hence f's own channel order);
-- AIS and GroupNorm only multiply and shift a channel of an image. The factors come from the
-  channels' means and mean squares, and these from 8x8 matrix products of the two looks;
-- the projection is one matrix product, and so are its gradients.
-Statistics are float32 (float64 for float64).
+The plain path walks over the 176 channels some thirty times per step: products, concatenation,
+AIS, GroupNorm, and the backward passes of these. The tricks:
+- A scalar times a BatchNorm is a BatchNorm with scaled weight and bias: no pass for the gate.
+- A scale per channel times a depthwise convolution is a convolution with scaled kernels.
+- f is stored channel by channel, with the positions of all images in one row. The products of one
+  distance d = j - i, z_i t_(i+d), are then one pass over contiguous rows, so this file orders f's
+  channels by d.
+- AIS and GroupNorm only multiply and shift each channel of an image. The factors come from the
+  channels' means and mean squares, and these from 8x8 matrix products of the two looks.
+- The projection is one matrix product, and so are its gradients.
+- The backward passes are written by hand and recompute the products in place of storing them.
+Statistics are float32 (float64 for float64). The tests hold both paths equal.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from models.stci import EPS, HEADS, STCI
+
+
+def is_chosen(stci: STCI, h: Tensor) -> bool:
+    """Whether gated_stci shall replace the formulas of stci.py for the input h.
+
+    A GPU moves as many bytes on both paths and launches fewer kernels on the plain one, so "auto"
+    is fused on CPUs alone. torch.compile and torch.export always trace the plain path, and a hook
+    on the module is called on the plain path only.
+    """
+    if torch.compiler.is_compiling() or stci._forward_hooks or stci._forward_pre_hooks:
+        return False
+    choices = {"plain": False, "fused": True, "auto": h.device.type == "cpu"}
+    return choices[stci.implementation]
+
+
+def gated_stci(gate: Tensor, stci: STCI, h: Tensor) -> Tensor:
+    """gate * stci(h) for a scalar gate: [B, C, H, W] -> [B, C, H, W], channels last."""
+    z = F.relu(stci.reduce_bn(stci.reduce(h)))
+    t = z if stci.twist is None else twist(z, stci.twist.conv.weight, stci.twist.scale)
+    if stci.second_order:
+        weight = stci.proj.weight.flatten(1)
+        out = select_and_project(z, t, ais=stci.ais, norm=stci.norm, weight=weight)
+    else:
+        out = stci.select_and_project(stci.interact(z, t))
+    gated = {name: gate * x for name, x in stci.proj_bn.named_parameters()}
+    return functional_call(stci.proj_bn, gated, (out,))
+
+
+def twist(z: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """scale * (z convolved with weight), [B, 32, H, W], with the scale inside the 32 kernels."""
+    return F.conv2d(z, weight * scale[:, None, None, None], padding=1, groups=z.shape[1])
 
 
 def select_and_project(
-    z: Tensor,
-    t: Tensor,
-    *,
-    heads: int,
-    eps: float,
-    ais: nn.Module | None,
-    norm: nn.GroupNorm,
-    weight: Tensor,
+    z: Tensor, t: Tensor, *, ais: nn.Module | None, norm: nn.GroupNorm, weight: Tensor
 ) -> Tensor:
-    """W_p GroupNorm(AIS([z, p])) of both looks, B, 32, H, W each -> B, C, H, W, channels last."""
+    """W_p GroupNorm(AIS([z, p])) of both looks, [B, 32, H, W] each -> [B, C, H, W]."""
     batch, _, height, width = z.shape
     dtype = z.dtype
     with torch.autocast(z.device.type, enabled=False):
-        unit_z = Unit.apply(z, heads, eps)  # B, 4, 8, H*W
-        unit_t = unit_z if t is z else Unit.apply(t, heads, eps)
-        mean, square = Moments.apply(unit_z, unit_t)  # B, 176
+        unit_z = Unit.apply(z, HEADS, EPS)  # [B, 4, 8, H*W]
+        unit_t = unit_z if t is z else Unit.apply(t, HEADS, EPS)
+        mean, square = Moments.apply(unit_z, unit_t)  # [B, 176] each
         scale, shift = affine(mean, square, ais, norm)
-        out = Project.apply(unit_z, unit_t, scale, shift, weight.to(dtype))  # B*H*W, C
+        out = Project.apply(unit_z, unit_t, scale, shift, weight.to(dtype))  # [B*H*W, C]
     return out.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def affine(
     mean: Tensor, square: Tensor, ais: nn.Module | None, norm: nn.GroupNorm
 ) -> tuple[Tensor, Tensor]:
-    """AIS and GroupNorm as f * scale + shift, B, 176 each, from f's means and mean squares."""
-    # a network converted to half precision has half precision layers
+    """AIS and GroupNorm as f * scale + shift, [B, 176] each, from f's means and mean squares."""
+    # A network converted to half precision has half-precision layers.
     gate = ais(mean.to(norm.weight.dtype)).to(mean.dtype) if ais else torch.ones_like(mean)
     groups = (norm.num_groups, -1)
+    # Mean and variance of every group of f * gate, from the moments of f's channels.
     center = (mean * gate).unflatten(1, groups).mean(2, keepdim=True)
     spread = (square * gate.square()).unflatten(1, groups).mean(2, keepdim=True) - center.square()
     rstd = torch.rsqrt(spread.clamp_min(0) + norm.eps)
@@ -56,11 +90,11 @@ def affine(
 
 
 class Unit(Function):
-    """Each head's channels over their norm: B, 32, H, W -> B, heads, 8, H*W, float32 or more."""
+    """stci.unit: [B, 32, H, W] -> [B, 4, 8, H*W], contiguous, in float32 or float64."""
 
     @staticmethod
     def forward(ctx, x: Tensor, heads: int, eps: float) -> Tensor:
-        # laid out first and widened then: torch does the two together several times slower
+        # Two steps, because torch changes layout and dtype together several times slower.
         x = x.contiguous()
         ctx.dtype, ctx.shape = x.dtype, x.shape
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -75,13 +109,13 @@ class Unit(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         unit, norm = ctx.saved_tensors
-        along = (grad * unit).sum(2, keepdim=True)
+        along = (grad * unit).sum(2, keepdim=True)  # d(x/|x|) = (g - u (g . u)) / |x|
         grad = (unit * along).neg_().add_(grad).div_(norm).to(ctx.dtype).view(ctx.shape)
         return grad.contiguous(memory_format=torch.channels_last), None, None
 
 
 class Moments(Function):
-    """Means and mean squares of [z, p] over the positions, in stci.py's channel order: B, 176."""
+    """Means and mean squares of [z, p] over all positions, in stci.py's channel order: [B, 176]."""
 
     @staticmethod
     def forward(ctx, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,11 +135,12 @@ class Moments(Function):
         pairs = layout(reduced, heads, z.device)[0]
         total_z, total_t = torch.zeros_like(z), torch.zeros_like(t)
         for grad, power in zip(grads, (1, 2), strict=True):
+            # The products' gradients as an upper triangular matrix per head, [B, 4, 8, 8].
             grad = grad.view(batch, heads, -1).mul(power / positions)
             matrix = grad.new_zeros(batch, heads, reduced * reduced)
-            matrix = matrix.index_copy_(2, pairs, grad[:, :, reduced:]).view(
-                batch, heads, reduced, reduced
-            )
+            matrix.index_copy_(2, pairs, grad[:, :, reduced:])
+            matrix = matrix.view(batch, heads, reduced, reduced)
+            # Back through sum(z) and z t^T, and for power 2 through the squares as well.
             if power == 1:
                 total_z += (matrix @ t).add_(grad[:, :, :reduced, None])
                 total_t += matrix.mT @ z
@@ -116,14 +151,15 @@ class Moments(Function):
 
 
 class Project(Function):
-    """([z, p] * scale + shift) times weight C, 176 -> B*P, C in the weight's dtype."""
+    """([z, p] * scale + shift) times the weight [C, 176] -> [B*H*W, C] in the weight's dtype."""
 
     @staticmethod
     def forward(ctx, z: Tensor, t: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
         batch, heads, reduced, _ = z.shape
         _, order, inverse = layout(reduced, heads, z.device)
-        z, t = z.permute(1, 2, 0, 3), t.permute(1, 2, 0, 3)  # 4, 8, B, P
-        f = products(z, t)
+        z, t = z.permute(1, 2, 0, 3), t.permute(1, 2, 0, 3)  # [4, 8, B, H*W]
+        f = multiply(z, t)
+        # Scale, shift and weight in the order of f's rows; then one matrix product.
         small = (*f.shape[:3], 1)
         scale, shift = (x.index_select(1, order).t().reshape(small) for x in (scale, shift))
         weight = weight.index_select(1, order)
@@ -135,12 +171,14 @@ class Project(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         z, t, scale, x, weight, inverse = ctx.saved_tensors
-        f, reduced = products(z, t), z.shape[1]  # a pass is cheaper than the memory to keep them
+        f, reduced = multiply(z, t), z.shape[1]  # computing f again costs less than storing it
         grad_weight = (x @ grad).index_select(0, inverse).t()
         grad = (weight.t() @ grad.t()).to(f.dtype).view_as(f)
+        # Scale and shift: sums over positions, [B, 176] in stci.py's order.
         small = (-1, f.shape[2])
         grad_scale = f.mul_(grad).sum(-1).view(small).index_select(0, inverse).t()
         grad_shift = grad.sum(-1).view(small).index_select(0, inverse).t()
+        # The two looks, one distance d = j - i at a time.
         grad.mul_(scale)
         grad_z, grad_t = torch.empty_like(z).copy_(grad[:, :reduced]), torch.zeros_like(t)
         for d, rows in diagonals(reduced):
@@ -150,8 +188,8 @@ class Project(Function):
         return grad_z.permute(back), grad_t.permute(back), grad_scale, grad_shift, grad_weight
 
 
-def products(z: Tensor, t: Tensor) -> Tensor:
-    """[z, p] of heads, 8, B, P: heads, 44, B, P, contiguous, p in the order of diagonals()."""
+def multiply(z: Tensor, t: Tensor) -> Tensor:
+    """[z, p], contiguous, p in the order of diagonals(): two of [4, 8, B, P] -> [4, 44, B, P]."""
     heads, reduced, batch, positions = z.shape
     f = z.new_empty(heads, reduced * (reduced + 3) // 2, batch, positions)
     f[:, :reduced] = z
@@ -160,8 +198,8 @@ def products(z: Tensor, t: Tensor) -> Tensor:
     return f
 
 
-def diagonals(reduced: int):
-    """For each distance d = j - i, the rows of f that hold p_0d, p_1(1+d), ..."""
+def diagonals(reduced: int) -> Iterator[tuple[int, slice]]:
+    """For each distance d = j - i, the slice of f's rows for p_0d, p_1(1+d), ..."""
     start = reduced
     for d in range(reduced):
         yield d, slice(start, start + reduced - d)
@@ -169,11 +207,15 @@ def diagonals(reduced: int):
 
 
 @cache
-@torch.inference_mode(False)  # an evaluation may come first, and training could not use its tensors
+@torch.inference_mode(False)  # Training could not use tensors that an evaluation had cached.
 def layout(reduced: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of the pairs i <= j in an 8x8 matrix; the channel of each row of f; its inverse."""
+    """Indices, made once per device: pairs, order and inverse.
+
+    pairs: where i <= j in a flattened 8x8 matrix, [36]. order: stci.py's channel for each row of f,
+    [176]. inverse: the row of f for each of stci.py's channels, [176].
+    """
     i, j = torch.triu_indices(reduced, reduced)
     by_diagonal = torch.argsort((j - i) * reduced + i)
-    one = torch.cat([torch.arange(reduced), reduced + by_diagonal])
-    order = (torch.arange(heads)[:, None] * len(one) + one).flatten()
+    of_one_head = torch.cat([torch.arange(reduced), reduced + by_diagonal])
+    order = (torch.arange(heads)[:, None] * len(of_one_head) + of_one_head).flatten()
     return tuple(x.to(device) for x in (i * reduced + j, order, torch.argsort(order)))

@@ -1,11 +1,18 @@
-"""Spiral-Twisted Channel Interaction (STCI): the idea of the paper, alone in one file.
+"""Spiral-Twisted Channel Interaction (STCI): the idea of the paper as formulas, and nothing else.
 
-Four heads, one a direction. Head k reduces C channels to r = 8, looks at them a second time one
-step along its direction, and multiplies the channels of the first look with those of the second:
+Four heads look in four directions: 0, 45, 90 and 135 degrees. Head k reduces C channels to r = 8,
+looks at them a second time one step along its direction, and multiplies both looks pairwise:
 
-    z = ReLU(BN(W_k h))      t = s_k * (z conv D_k)      p_ij = z_i / |z| * t_j / |t|,  i <= j
+    z    = ReLU(BN(W_k h))               first look, 8 channels
+    t    = s_k (z * D_k)                 second look, shifted by a depthwise 3x3 convolution
+    p_ij = z_i / |z|  t_j / |t|          36 products, i <= j, at each position
+    f    = [z / |z|, p] of all heads     4 x (8 + 36) = 176 channels
+    out  = BN(W_p GroupNorm(f AIS(f)))   AIS: a weight in (0, 1) per channel
 
-All heads are computed at once, as 32 channels in 4 groups of 8.
+Source: TwistNet-2D: Learning Second-Order Channel Interactions via Spiral Twisting for Texture
+Recognition (Lian, Xiong, Sun, Ouyang, Zong, Yu, Fu, Rui, Yujun, Chen; 2026). The four heads are
+computed together, as 32 channels in 4 groups of 8. models/fused.py computes the same faster on
+CPUs. It has every trick; this file has none.
 """
 
 import math
@@ -14,77 +21,76 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
-from models.fused import select_and_project
-
-ANGLES = (0, 45, 90, 135)  # degrees, one a head; y points down
+ANGLES = (0, 45, 90, 135)  # degrees, one per head; y points down
 HEADS = len(ANGLES)
 REDUCED = 8  # channels of a head
-EPS = 1e-6  # smallest norm that is divided by; at or below it a unit vector is a constant
+EPS = 1e-6  # the smallest norm that is divided by
 
 
 class STCI(nn.Module):
-    """Map B, C, H, W to B, C, H, W by products of directionally shifted channels.
+    """Map [B, C, H, W] to [B, C, H, W] by products of directionally shifted channels.
 
-    `spiral=False` multiplies a position with itself (t = z); `second_order=False` has no product.
+    Args:
+        channels: C.
+        spiral: False multiplies each position with itself (t = z).
+        ais: False leaves the adaptive interaction selection out.
+        second_order: False leaves the products out (f = z / |z|, 32 channels).
     """
 
-    fused = True  # the hand-written path of fused.py; False runs the formulas as they stand
+    # "plain" runs this file, "fused" models/fused.py; "auto" is fused on CPUs, plain elsewhere.
+    # Set it for all networks (STCI.implementation = "plain") or on one module. See fused.is_chosen.
+    implementation = "auto"
 
     def __init__(
         self, channels: int, *, spiral: bool = True, ais: bool = True, second_order: bool = True
     ):
         super().__init__()
-        narrow = HEADS * REDUCED
-        features = HEADS * (REDUCED + REDUCED * (REDUCED + 1) // 2) if second_order else narrow
+        reduced = HEADS * REDUCED
+        features = HEADS * (REDUCED + REDUCED * (REDUCED + 1) // 2) if second_order else reduced
         self.second_order = second_order
-        self.reduce = nn.Conv2d(channels, narrow, 1, bias=False)
-        self.reduce_bn = nn.BatchNorm2d(narrow)
-        self.twist = None
-        if spiral and second_order:
-            self.twist = Twist(narrow)
+        self.reduce = nn.Conv2d(channels, reduced, 1, bias=False)
+        self.reduce_bn = nn.BatchNorm2d(reduced)
+        self.twist = Twist(reduced) if spiral and second_order else None
         self.ais = AIS(features) if ais else None
         self.norm = nn.GroupNorm(features // 8, features)
         self.proj = nn.Conv2d(features, channels, 1, bias=False)
         self.proj_bn = nn.BatchNorm2d(channels)
-        # kaiming fan_out of each head's own convolution, C -> 8, not of the four together
+        # Kaiming, fan_out, of each head's own convolution to 8 channels, not of all four together.
         nn.init.normal_(self.reduce.weight, std=math.sqrt(2 / REDUCED))
         nn.init.normal_(self.proj.weight, std=0.01)
 
-    def forward(self, h: Tensor, gate: Tensor | None = None) -> Tensor:
-        """The interaction, times the scalar gate: B, C, H, W to B, C, H, W."""
-        out = self.project(*self.look(h))
-        if gate is None:
-            return self.proj_bn(out)
-        # BN(x) times a scalar is BN with its weight and bias times it: no pass over the image
-        gated = {name: gate * x for name, x in self.proj_bn.named_parameters()}
-        return functional_call(self.proj_bn, gated, (out,))
+    def forward(self, h: Tensor) -> Tensor:  # [B, C, H, W]
+        z, t = self.reduce_and_twist(h)
+        return self.proj_bn(self.select_and_project(self.interact(z, t)))
 
-    def look(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The first and the second look at h, z and t, B, 32, H, W each."""
+    def reduce_and_twist(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second look, z and t: [B, C, H, W] -> two of [B, 32, H, W]."""
         z = F.relu(self.reduce_bn(self.reduce(h)))
-        return z, z if self.twist is None else self.twist(z)
+        t = z if self.twist is None else self.twist(z)
+        return z, t
 
     def interact(self, z: Tensor, t: Tensor) -> Tensor:
-        """f, the channels of all heads: B, 176, H, W (32 channels where there are no products)."""
-        return interact(z, t) if self.second_order else unit(z).flatten(1, 2)
+        """All heads' channels f, [z / |z|, p] per head: two of [B, 32, H, W] -> [B, 176, H, W]."""
+        unit_z = unit(z)  # [B, 4, 8, H, W]
+        if not self.second_order:
+            return unit_z.flatten(1, 2)  # [B, 32, H, W]
+        unit_t = unit_z if t is z else unit(t)
+        products = unit_z[:, :, :, None] * unit_t[:, :, None]  # [B, 4, 8, 8, H, W]: all i and j
+        i, j = torch.triu_indices(REDUCED, REDUCED, device=z.device)
+        p = products.flatten(2, 3).index_select(2, REDUCED * i + j)  # [B, 4, 36, H, W]: i <= j
+        return torch.cat([unit_z, p], 2).flatten(1, 2)
 
-    def project(self, z: Tensor, t: Tensor) -> Tensor:
-        """W_p GroupNorm(AIS(f)), B, C, H, W: fused, or plainly where a compiler does the fusing."""
-        if self.fused and self.second_order and not torch.compiler.is_compiling():
-            weight = self.proj.weight.flatten(1)
-            return select_and_project(
-                z, t, heads=HEADS, eps=EPS, ais=self.ais, norm=self.norm, weight=weight
-            )
-        f = self.interact(z, t).to(self.proj.weight.dtype)
+    def select_and_project(self, f: Tensor) -> Tensor:
+        """W_p GroupNorm(f AIS(f)): [B, 176, H, W] -> [B, C, H, W]."""
+        f = f.to(self.proj.weight.dtype)  # a network in half precision has half-precision layers
         if self.ais is not None:
             f = f * self.ais(f.mean((2, 3)))[:, :, None, None]
         return self.proj(self.norm(f))
 
 
 class Twist(nn.Module):
-    """The second look, s * (z conv D): depthwise 3x3, a step in the head's direction at first."""
+    """The second look, s (z * D): a depthwise 3x3 convolution that starts as a directional step."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -93,14 +99,12 @@ class Twist(nn.Module):
         with torch.no_grad():
             self.conv.weight.copy_(direction_kernels().repeat_interleave(REDUCED, 0)[:, None])
 
-    def forward(self, z: Tensor) -> Tensor:
-        # the scale goes into the 32 kernels: the same product, without a pass over the image
-        weight = self.conv.weight * self.scale[:, None, None, None]
-        return F.conv2d(z, weight, padding=1, groups=z.shape[1])
+    def forward(self, z: Tensor) -> Tensor:  # [B, 32, H, W]
+        return self.scale[:, None, None] * self.conv(z)
 
 
 class AIS(nn.Module):
-    """Adaptive interaction selection: pooled channels B, C to a weight in (0, 1) each."""
+    """Adaptive interaction selection: pooled channels [B, F] to a weight in (0, 1) for each."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -108,12 +112,12 @@ class AIS(nn.Module):
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
-    def forward(self, pooled: Tensor) -> Tensor:
+    def forward(self, pooled: Tensor) -> Tensor:  # [B, F]
         return torch.sigmoid(self.fc2(F.relu(self.fc1(pooled))))
 
 
 def direction_kernels() -> Tensor:
-    """The start of D, 4, 3, 3: 0.5 at the centre and 0.5 one step along each angle."""
+    """The start of D, [4, 3, 3]: 0.5 at the centre and 0.5 one step along each angle."""
     kernels = torch.zeros(HEADS, 3, 3)
     for kernel, angle in zip(kernels, ANGLES, strict=True):
         dx, dy = round(math.cos(math.radians(angle))), round(math.sin(math.radians(angle)))
@@ -122,7 +126,7 @@ def direction_kernels() -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Divide each head's channels by their norm at each position: B, 32, H, W -> B, 4, 8, H, W.
+    """Divide each head's channels by their norm at each position: [B, 32, H, W] -> [B, 4, 8, H, W].
 
     Where the norm is at or below EPS, the unit vector is treated as a constant: its gradient is 0.
     The exact gradient there, 1 / EPS, is a spike. A position with a single positive channel has
@@ -132,13 +136,6 @@ def unit(x: Tensor) -> Tensor:
     """
     x = x.unflatten(1, (HEADS, REDUCED))
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares leave the range of float16
-    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)  # [B, 4, 1, H, W]
     unit = x / norm.clamp_min(EPS)
     return torch.where(norm > EPS, unit, unit.detach())
-
-
-def interact(z: Tensor, t: Tensor) -> Tensor:
-    """Every head's channels [z (8), p (36)] from unit vectors: B, 32, H, W -> B, 176, H, W."""
-    z, t = unit(z), unit(t)
-    i, j = torch.triu_indices(REDUCED, REDUCED, device=z.device)
-    return torch.cat([z, z[:, :, i] * t[:, :, j]], 2).flatten(1, 2)

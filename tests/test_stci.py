@@ -1,14 +1,15 @@
-"""STCI against its formulas, written out head by head, and the ways it is run."""
+"""STCI against its formulas, written out head by head, on every path that can run it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import build_model
-from models.fused import layout
+from models import build_model, fused
 from models.stci import STCI, Twist
+from models.twistnet import TwistBlock
 
+PATHS = ["plain", "fused"]
 VARIANTS = {
     "full": {},
     "no_spiral": {"spiral": False},
@@ -17,15 +18,21 @@ VARIANTS = {
 }
 
 
-def made(fused=True, channels=24, dtype=torch.float64, **settings):
+def make_stci(channels=24, dtype=torch.float64, **settings):
     """An STCI none of whose parameters is at a value that would hide a mistake."""
     torch.manual_seed(0)
     stci = STCI(channels, **settings).to(dtype)
-    stci.fused = fused
     with torch.no_grad():
         for parameter in stci.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return stci
+
+
+def run(path, stci, h):
+    """STCI's output by the formulas ("plain") or by models/fused.py ("fused")."""
+    if path == "plain":
+        return stci(h)
+    return fused.gated_stci(torch.ones((), dtype=h.dtype), stci, h)
 
 
 def inputs(dtype=torch.float64, channels=24):
@@ -59,12 +66,8 @@ def reference(stci, h):
     f = torch.cat(heads, 1)
     if stci.ais is not None:
         hidden = F.relu(F.linear(f.mean((2, 3)), stci.ais.fc1.weight, stci.ais.fc1.bias))
-        f = (
-            f
-            * torch.sigmoid(F.linear(hidden, stci.ais.fc2.weight, stci.ais.fc2.bias))[
-                ..., None, None
-            ]
-        )
+        chosen = torch.sigmoid(F.linear(hidden, stci.ais.fc2.weight, stci.ais.fc2.bias))
+        f = f * chosen[..., None, None]
     normed = []
     for c in range(0, f.shape[1], 8):
         group = f[:, c : c + 8]
@@ -82,20 +85,20 @@ def gradients(out, stci, h):
     return torch.autograd.grad((out * weights).sum(), [h, *stci.parameters()])
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("bias", [0.0, -1.5])  # with -1.5 most positions have no active channel
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs_and_gradients_are_the_formulas(variant, bias, fused):
-    stci, h = made(fused, **VARIANTS[variant]), inputs()
+def test_outputs_and_gradients_match_the_formulas(variant, bias, path):
+    stci, h = make_stci(**VARIANTS[variant]), inputs()
     with torch.no_grad():
         stci.reduce_bn.bias.add_(bias)
-    out, want = stci(h), reference(stci, h)
+    out, want = run(path, stci, h), reference(stci, h)
     torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-10)
     for got, expected in zip(gradients(out, stci, h), gradients(want, stci, h), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
 
 
-def gradient_norm_with_one_position_at(value, *, dtype, fused):
+def gradient_norm_with_one_position_at(value, *, dtype, path):
     """The whole network's gradient norm when z of layer4.1 is `value` at a single position.
 
     In the first head the biases of STCI's BatchNorm close all channels but the first, and that one
@@ -108,7 +111,7 @@ def gradient_norm_with_one_position_at(value, *, dtype, fused):
     images, labels = torch.randn(4, 3, 64, 64, dtype=precise), torch.arange(4)
     for module in model.modules():
         if isinstance(module, STCI):
-            module.fused = fused
+            module.implementation = path
     bn, seen = model.layer4[1].stci.reduce_bn, []
     bn.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
 
@@ -120,7 +123,7 @@ def gradient_norm_with_one_position_at(value, *, dtype, fused):
     with torch.no_grad():
         bn.bias[1:8] = -100.0
         bn.bias[0] = 0.0
-        for _ in range(20):  # the output is rounded: come closer from the last one
+        for _ in range(20):  # the output is rounded, so approach the value step by step
             loss()
             largest = seen[-1][:, 0].max().to(precise)
             if (largest - value).abs() <= 0.1 * value or 0 < largest <= 1e-6 and value < 1e-6:
@@ -131,24 +134,24 @@ def gradient_norm_with_one_position_at(value, *, dtype, fused):
     return nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_position_below_the_floor_does_not_move_the_network(dtype, fused):
-    usual = gradient_norm_with_one_position_at(0.3, dtype=dtype, fused=fused)
-    tiny = gradient_norm_with_one_position_at(5e-7, dtype=dtype, fused=fused)
+def test_a_position_below_the_floor_does_not_move_the_network(dtype, path):
+    usual = gradient_norm_with_one_position_at(0.3, dtype=dtype, path=path)
+    tiny = gradient_norm_with_one_position_at(5e-7, dtype=dtype, path=path)
     assert usual / 3 < tiny < usual * 3
 
 
-def test_the_test_sees_the_channels_of_the_variants():
-    widths = {name: made(**settings).proj.in_channels for name, settings in VARIANTS.items()}
+def test_the_variants_have_the_widths_of_the_paper():
+    widths = {name: make_stci(**settings).proj.in_channels for name, settings in VARIANTS.items()}
     assert widths == {"full": 176, "no_spiral": 176, "no_ais": 176, "first_order": 32}
-    assert made().ais.fc1.out_features == 44
-    assert made(second_order=False).ais.fc1.out_features == 16
-    assert made().norm.num_groups == 22
-    assert made(second_order=False).norm.num_groups == 4
+    assert make_stci().ais.fc1.out_features == 44
+    assert make_stci(second_order=False).ais.fc1.out_features == 16
+    assert make_stci().norm.num_groups == 22
+    assert make_stci(second_order=False).norm.num_groups == 4
 
 
-def test_a_fresh_model_has_the_directional_and_the_small_start():
+def test_a_new_model_has_directional_kernels_and_a_small_projection():
     kernels = {  # y points down: rows are y = -1, 0, 1
         0: [[0, 0, 0], [0, 0.5, 0.5], [0, 0, 0]],
         1: [[0, 0, 0], [0, 0.5, 0], [0, 0, 0.5]],
@@ -172,19 +175,21 @@ def test_a_fresh_model_has_the_directional_and_the_small_start():
     assert model.layer4[1].conv2.weight.std().item() == pytest.approx(0.02083, rel=0.01)
 
 
-def test_the_first_head_looks_one_step_to_the_right():
+def test_each_head_looks_one_step_in_its_direction():
     z = torch.zeros(1, 32, 3, 3)
     z[0, :, 1, 1] = 1.0
     t = Twist(32)(z)
     seen = [[tuple(p) for p in t[0, 8 * k].nonzero().tolist()] for k in range(4)]
-    # a position sees its own value and the one a step further on: the pixel is seen from behind
+    # Each position adds its own value and the next one in the direction, so the single pixel is
+    # also seen from one step behind it.
     assert seen == [[(1, 0), (1, 1)], [(0, 0), (1, 1)], [(0, 1), (1, 1)], [(0, 2), (1, 1)]]
 
 
-def test_memory_formats_agree():
-    stci, h = made(), inputs()
+@pytest.mark.parametrize("path", PATHS)
+def test_memory_formats_agree(path):
+    stci, h = make_stci(), inputs()
     last = h.detach().to(memory_format=torch.channels_last).requires_grad_()
-    out, out_last = stci(h), stci(last)
+    out, out_last = run(path, stci, h), run(path, stci, last)
     torch.testing.assert_close(out, out_last, rtol=1e-12, atol=1e-12)
     for a, b in zip(gradients(out, stci, h), gradients(out_last, stci, last), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
@@ -192,11 +197,12 @@ def test_memory_formats_agree():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_autocast_stays_near_float32(variant, dtype):
-    stci, h = made(dtype=torch.float32, **VARIANTS[variant]), inputs(torch.float32)
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast_stays_near_float32(path, variant, dtype):
+    stci, h = make_stci(dtype=torch.float32, **VARIANTS[variant]), inputs(torch.float32)
     exact = stci(h)
     with torch.autocast("cpu", dtype):
-        out = stci(h)
+        out = run(path, stci, h)
     error = (out.float() - exact).std() / exact.std()
     assert error < (0.05 if dtype is torch.bfloat16 else 0.01)
     for gradient in gradients(out, stci, h):
@@ -205,40 +211,40 @@ def test_autocast_stays_near_float32(variant, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fused_autocast_is_as_exact_as_plain_autocast(dtype):
-    h, stci = inputs(torch.float32), made(False, dtype=torch.float32)
+    h, stci = inputs(torch.float32), make_stci(dtype=torch.float32)
     exact = [stci(h)]
     exact += gradients(exact[0], stci, h)
     errors = {}
-    for fused in (True, False):
-        stci.fused = fused
+    for path in PATHS:
         with torch.autocast("cpu", dtype):
-            out = stci(h)
+            out = run(path, stci, h)
         got = [out.float(), *gradients(out, stci, h)]
-        errors[fused] = [(a - b).norm().item() for a, b in zip(got, exact, strict=True)]
-    # short vectors magnify the rounding of z, so the gradients' own error is large in both
-    assert errors[True][0] < 1.2 * errors[False][0]
-    assert sum(errors[True]) < 1.5 * sum(errors[False])
+        errors[path] = [(a - b).norm().item() for a, b in zip(got, exact, strict=True)]
+    # Short vectors magnify the rounding of z, so the gradients' own error is large on both paths.
+    assert errors["fused"][0] < 1.2 * errors["plain"][0]
+    assert sum(errors["fused"]) < 1.5 * sum(errors["plain"])
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_network_converted_to_bfloat16_runs(fused):
-    stci, h = made(fused, dtype=torch.float32), inputs(torch.float32)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_network_converted_to_bfloat16_runs(path):
+    stci, h = make_stci(dtype=torch.float32), inputs(torch.float32)
     exact = stci(h)
-    out = stci.bfloat16()(h.bfloat16())
+    out = run(path, stci.bfloat16(), h.bfloat16())
     assert out.dtype == torch.bfloat16
     assert (out.float() - exact).std() < 0.05 * exact.std()
 
 
-def test_two_runs_are_bit_identical():
-    stci, h = made(dtype=torch.float32), inputs(torch.float32)
-    first, second = gradients(stci(h), stci, h), gradients(stci(h), stci, h)
+@pytest.mark.parametrize("path", PATHS)
+def test_two_runs_are_bit_identical(path):
+    stci, h = make_stci(dtype=torch.float32), inputs(torch.float32)
+    first, second = (gradients(run(path, stci, h), stci, h) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled_is_the_same(variant):
+def test_a_compiled_stci_gives_the_same_numbers(variant):
     torch._dynamo.reset()
-    stci, h = made(**VARIANTS[variant]), inputs()
+    stci, h = make_stci(**VARIANTS[variant]), inputs()
     want = stci(h)
     wanted = gradients(want, stci, h)
     out = torch.compile(stci, backend="aot_eager", fullgraph=True)(h)
@@ -247,25 +253,60 @@ def test_compiled_is_the_same(variant):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-def test_exported_is_the_same_at_another_batch_size():
-    stci, h = made(dtype=torch.float32).eval(), inputs(torch.float32).detach()
+def test_an_exported_stci_gives_the_same_numbers_at_another_batch_size():
+    stci, h = make_stci(dtype=torch.float32).eval(), inputs(torch.float32).detach()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(stci, (h,), dynamic_shapes=({0: batch},))
     more = torch.cat([h, h.flip(0)])
     torch.testing.assert_close(program.module()(more), stci(more), rtol=1e-4, atol=1e-5)
 
 
-def test_a_synchronised_batchnorm_finds_its_modules():
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(made())
+def test_batchnorms_can_be_converted_to_synchronised_ones():
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(make_stci())
     assert isinstance(converted.reduce_bn, nn.SyncBatchNorm)
     assert isinstance(converted.proj_bn, nn.SyncBatchNorm)
 
 
-def test_an_evaluation_may_come_before_the_training():
-    layout.cache_clear()
+@pytest.mark.parametrize("path", PATHS)
+def test_an_evaluation_may_come_before_the_training(path):
+    fused.layout.cache_clear()
     module = STCI(24)
     h = torch.randn(2, 24, 5, 5)
     with torch.inference_mode():
-        module.eval()(h)
-    module.train()(h).sum().backward()
+        run(path, module.eval(), h)
+    run(path, module.train(), h).sum().backward()
     assert module.reduce.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_block_has_the_same_outputs_and_gradients_on_both_paths(variant, training):
+    torch.manual_seed(0)
+    block = TwistBlock(8, 16, stride=2, **VARIANTS[variant]).double().train(training)
+    x, found = torch.randn(3, 8, 8, 8, dtype=torch.double), {}
+    for path in PATHS:
+        block.stci.implementation = path
+        out = block(x)
+        parameters = dict(block.named_parameters())
+        found[path] = [out, *torch.autograd.grad(out.square().sum(), parameters.values())]
+    for name, plain, fast in zip(["out", *parameters], *found.values(), strict=True):
+        torch.testing.assert_close(plain, fast, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_the_fused_path_is_chosen_on_cpus_alone():
+    stci, here, elsewhere = STCI(8), torch.zeros(1), torch.zeros(1, device="meta")
+    assert fused.is_chosen(stci, here) and not fused.is_chosen(stci, elsewhere)
+    stci.implementation = "fused"
+    assert fused.is_chosen(stci, here) and fused.is_chosen(stci, elsewhere)
+    stci.implementation = "plain"
+    assert not fused.is_chosen(stci, here)
+    stci.implementation = "fast"
+    with pytest.raises(KeyError, match="fast"):
+        fused.is_chosen(stci, here)
+
+
+def test_hooks_on_stci_are_called():
+    block, seen = TwistBlock(8, 8), []
+    block.stci.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    block(torch.randn(2, 8, 4, 4))
+    assert seen == [(2, 8, 4, 4)]

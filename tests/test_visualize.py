@@ -98,7 +98,7 @@ def test_shares_match_removing_each_channel_from_the_projection():
             term = (whole - stci(h))[0]
             # without what is constant: the norm's shift of this channel
             bn = stci.proj_bn.weight * (1 + stci.proj_bn.eps) ** -0.5
-            f = stci.interact(*stci.look(h))
+            f = stci.interact(*stci.reduce_and_twist(h))
             f = f * stci.ais(f.mean((2, 3)))[:, :, None, None]
             group = f[0, channel // 8 * 8 : channel // 8 * 8 + 8]
             shift = (

@@ -84,7 +84,7 @@ def describe_block(stci: STCI, gate: float, h: Tensor) -> BlockView:
     the sum of these sizes over all channels.
     """
     # the channels, and those that AIS selects
-    f = stci.interact(*stci.look(h))  # [B, 4F, H, W]
+    f = stci.interact(*stci.reduce_and_twist(h))  # [B, 4F, H, W]
     weights = None if stci.ais is None else stci.ais(f.mean((2, 3)))  # [B, 4F]
     selected = f if weights is None else f * weights[:, :, None, None]
 
