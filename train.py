@@ -21,7 +21,7 @@ from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, ru
 from common.errors import UserError
 from common.files import write_json
 from common.processes import ignore_stop_signals, usable_cpus
-from data.cache import decoded
+from data.cache import with_pixel_cache
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.loading import eval_batches, train_steps
 from data.sampling import StepSampler
@@ -223,7 +223,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
     if not args.no_cache:
-        splits = decoded(splits, workers=min(args.workers, usable_cpus()), stop=lambda: bool(stop))
+        splits = with_pixel_cache(
+            splits, workers=min(args.workers, usable_cpus()), stop=lambda: bool(stop)
+        )
     spot_check(splits.val)
     spot_check(splits.test)
     state = load_started(folder.path, config)

@@ -1,15 +1,15 @@
-"""Images decoded once: what fine-tuning reads in every epoch of every run of a sweep.
+"""A cache of decoded images, which fine-tuning reads in every epoch of every run of a sweep.
 
-The pixels of a dataset lie in a packed folder (data/packed.py) beside the data, or where that
-cannot be written under the user's cache folder, and all folds and runs share them. The folder's
-name is drawn from each file's name, size and time of change, so that other files are another
-cache. Whatever cannot be cached is read from its file: the pixels are the same.
+The pixels of a dataset are stored in a packed folder (data/packed.py) beside the data, or under the
+user's cache folder where that cannot be written; all folds and runs share them. The folder's name
+hashes every file's name, size and times of change, so changed files get a new cache. What cannot be
+cached is read from its file: the pixels are the same.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,9 +19,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import Busy, UserError
+from common.files import lock_folder, open_lock, require_free_space
 from data.images import ImageFiles
-from data.packed import ABOUT, PackedImages, Packing, check_room, discard, held, made, read_about
+from data.packed import (
+    MANIFEST,
+    PackedImages,
+    finish_pack,
+    map_in_workers,
+    open_pack,
+    read_manifest,
+    remove_pack,
+)
 from data.splits import SPLITS, Splits
 
 FOLDER, SPLIT = ".twistnet_cache", "decoded"
@@ -29,7 +38,7 @@ FOLDER, SPLIT = ".twistnet_cache", "decoded"
 
 @dataclass(frozen=True)
 class DecodedFiles(ImageFiles):
-    """Image files whose pixels lie in a cache; `rows` says where, -1 for those that do not."""
+    """Image files whose pixels are cached; `rows` are their rows in the cache, -1 for none."""
 
     packed: PackedImages
     rows: np.ndarray
@@ -38,7 +47,7 @@ class DecodedFiles(ImageFiles):
         if self.rows[index] >= 0:
             try:
                 return self.packed.read(int(self.rows[index]))
-            except OSError:  # a damaged cache is no reason to lose an image
+            except OSError:  # the cache is damaged, the file may not be
                 pass
         return super().read(index)
 
@@ -48,28 +57,28 @@ class DecodedFiles(ImageFiles):
 
 
 def cache_folders(root: Path) -> list[Path]:
-    """Where things about the data in `root` are kept: beside it, else under the user's cache."""
+    """Folders for caches of the data in `root`: beside it, else under the user's cache folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     return [root / FOLDER, user / "twistnet" / name]
 
 
-def decoded(
-    splits: Splits,
-    *,
-    workers: int,
-    stop: Callable[[], bool] = lambda: False,
+def with_pixel_cache(
+    splits: Splits, *, workers: int, stop: Callable[[], bool] = lambda: False
 ) -> Splits:
-    """The same splits, read from a cache of decoded images, which is made unless it is there.
+    """The same splits, read from a cache of decoded images, which is written unless it exists.
 
     One line says where it is written, or why the files themselves are read instead.
     """
+    # All images of the dataset, whichever split they are in.
     parts = [getattr(splits, split) for split in SPLITS]
     files = np.unique(np.concatenate([part.files for part in parts]))
     everything = ImageFiles(splits.root, files, np.zeros(len(files), np.int64))
-    key, reasons = _key(everything), []
+
+    # Open the cache, or write it in the first place where that is possible.
+    key, reasons = _hash_files(everything), []
     places = [folder / key for folder in cache_folders(splits.root)]
-    packed = next(filter(None, map(_opened, places)), None)
+    packed = next(filter(None, map(_open_cache, places)), None)
     for place in places:
         if packed is None and not stop():
             try:
@@ -84,6 +93,8 @@ def decoded(
                 flush=True,
             )
         return splits
+
+    # The row of every file of every split.
     row_of = np.full(len(files), -1, np.int64)
     row_of[packed.rows["position"]] = np.arange(len(packed))
     cached = {
@@ -95,99 +106,92 @@ def decoded(
     return replace(splits, **cached)
 
 
-def _key(source: ImageFiles) -> str:
+def _hash_files(source: ImageFiles) -> str:
     digest = hashlib.sha256(os.fsencode(source.root.resolve()))
     for index, name in enumerate(source.files.tolist()):
         try:
-            about = os.stat(source.path(index))
-            state = (about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+            # Copying tools restore mtime, and only ctime shows that a file was replaced.
+            stat = os.stat(source.path(index))
+            state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
             digest.update(name + f"\0{state}\0".encode())
-        except OSError:  # reading it will tell
+        except OSError:  # reported when it is read
             digest.update(name + b"\0\0")
     return digest.hexdigest()[:16]
 
 
-def _opened(place: Path) -> PackedImages | None:
-    if not (place / ABOUT).is_file():
+def _open_cache(place: Path) -> PackedImages | None:
+    if not (place / MANIFEST).is_file():
         return None
     try:
-        return PackedImages(place, SPLIT, read_about(place)["splits"][SPLIT])
+        return PackedImages(place, SPLIT, read_manifest(place)["splits"][SPLIT])
     except (UserError, KeyError, OSError):
-        return None  # it will be made anew
+        return None  # it is written again
 
 
 def _build(source: ImageFiles, place: Path, *, workers: int, stop) -> PackedImages | None:
     """Decode all of `source` into `place`, or wait for the process that does. None when stopped."""
-    for _ in _until_held(place, stop):
-        packed = _opened(place)
+    with wait_for_lock(place, stop) as locked:
+        if not locked:
+            return None
+        packed = _open_cache(place)
         if packed is None:
-            if (place / ABOUT).exists():  # it did not open
-                discard(place, [SPLIT])
-            _remove_others(place)
+            remove_pack(place, [SPLIT])  # it is damaged, if it exists
+            _remove_other_caches(place)
             try:
                 _decode(source, place, workers=workers, stop=stop)
             except (OSError, UserError):
-                shutil.rmtree(place, ignore_errors=True)  # room for others
+                shutil.rmtree(place, ignore_errors=True)  # make room for others
                 raise
-            packed = _opened(place)
+            packed = _open_cache(place)
         return packed
-    return None
 
 
-def _until_held(place: Path, stop) -> Iterator[None]:
-    """Yield once, while holding `place`; not at all when asked to stop before."""
-    said = False
-    while not stop():
+@contextlib.contextmanager
+def wait_for_lock(place: Path, stop: Callable[[], bool]) -> Iterator[bool]:
+    """Hold the lock of `place`; the value is False, and it is not held, when asked to stop."""
+    lock, said = None, False
+    while lock is None and not stop():
         try:
-            with held(place):
-                yield
-                return
-        except BlockingIOError:
+            lock = open_lock(place)
+        except Busy:  # after two seconds
             if not said:
                 print(f"waiting for the process that decodes the images into {place}", flush=True)
             said = True
-            time.sleep(0.2)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def _decode(source: ImageFiles, place: Path, *, workers: int, stop) -> None:
-    packing = Packing(place, {"key": place.name})
-    try:
-        writer = packing.writer(SPLIT, source.files, source.labels)
-        size = _mean_size(source) * len(writer.missing)
-        _check_fits(place, size)
-        print(
-            f"decoding {len(writer.missing):,} images once, {size / 1e9:.1f} GB, into {place}",
-            flush=True,
+    size = _mean_size(source) * len(source)
+    _check_fits(place, size)
+    print(f"decoding {len(source):,} images once, {size / 1e9:.1f} GB, into {place}", flush=True)
+    with open_pack(place, {SPLIT: source}) as writers:
+        images = map_in_workers(
+            partial(_read_pixels, source), np.arange(len(source)), workers=workers
         )
-
-        images = made(partial(_pixels, source), writer.missing, workers=workers)
-        for position, image in tqdm(
-            images,
-            total=len(writer.missing),
-            unit="image",
-            desc="decoding",
-            leave=False,
-            disable=None,
-        ):
+        progress = tqdm(
+            images, total=len(source), unit="image", desc="decoding", leave=False, disable=None
+        )
+        for position, image in progress:
             if stop():
-                writer.flush()
                 return
             if image is not None:
-                writer.add(position, image.numpy(), *image.shape[:2], decoded=True)
-        packing.finish([])
-    finally:
-        packing.close()
+                writers[SPLIT].add(position, image.numpy(), *image.shape[:2], decoded=True)
+        finish_pack(place, writers, {"key": place.name, "classes": []})
 
 
-def _pixels(source: ImageFiles, position: int) -> torch.Tensor | None:
+def _read_pixels(source: ImageFiles, position: int) -> torch.Tensor | None:
     try:
-        return source.read(position).permute(1, 2, 0).contiguous()
+        return source.read(position).permute(1, 2, 0).contiguous()  # H × W × 3
     except OSError:
-        return None  # left to whoever reads the file
+        return None  # reported when the file itself is read
 
 
 def _mean_size(source: ImageFiles) -> float:
-    """Bytes of a decoded image, from up to 100 of them."""
+    """Mean size of a decoded image in bytes, from up to 100 of them."""
     sizes = []
     for index in np.linspace(0, len(source) - 1, min(100, len(source))).astype(int).tolist():
         try:
@@ -204,15 +208,15 @@ def _check_fits(place: Path, size: float) -> None:
             f"the decoded images, about {size / 1e9:.1f} GB, would not stay in this "
             f"machine's memory of {memory / 1e9:.1f} GB"
         )
-    check_room(place, 1.05 * size)
+    require_free_space(place, 1.05 * size)
 
 
-def _remove_others(place: Path) -> None:
-    """Remove caches of the same folder in an earlier state, but for one that is being made."""
+def _remove_other_caches(place: Path) -> None:
+    """Remove caches of earlier states of the same data, except one that is being written."""
     for other in place.parent.iterdir():
         if other != place and other.is_dir():
             try:
-                with held(other):
+                with lock_folder(other):
                     shutil.rmtree(other, ignore_errors=True)
-            except OSError:
+            except (OSError, UserError):
                 continue

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.errors import UserError
 from data.images import ImageFiles
-from data.packed import ABOUT, BEGUN, PackedImages, read_about
+from data.packed import MANIFEST, PackedImages, is_interrupted, read_manifest
 from data.splits import class_folders, list_images, report_left_out
 
 Source = ImageFiles | PackedImages
@@ -25,10 +25,10 @@ def load_imagenet(data_dir: str | Path) -> tuple[Source, Source, list[str]]:
     train/ (its labels would then mean other classes, and accuracies would be wrong).
     """
     root = Path(data_dir)
-    if os.path.isfile(root / ABOUT):
+    if os.path.isfile(root / MANIFEST):
         return _load_packed(root)
-    if os.path.isfile(root / BEGUN):
-        raise UserError(f"{root} is not packed to the end: run its tools.pack again, it goes on")
+    if is_interrupted(root):
+        raise UserError(f"{root} contains an interrupted pack: run tools.pack again")
     for split in ("train", "val"):
         if not os.path.isdir(root / split):
             raise UserError(
@@ -56,12 +56,13 @@ def _describe_difference(classes: list[str], val_classes: list[str]) -> str:
 
 
 def _load_packed(root: Path) -> tuple[PackedImages, PackedImages, list[str]]:
-    about = read_about(root)
-    lacking = [split for split in ("train", "val") if split not in about["splits"]]
-    if lacking:
-        raise UserError(f"{root / ABOUT} has no {lacking[0]} images: pack a tree that has them")
-    train, val = (PackedImages(root, split, about["splits"][split]) for split in ("train", "val"))
-    return train, val, about["classes"]
+    manifest = read_manifest(root)
+    splits = manifest["splits"]
+    missing = [split for split in ("train", "val") if split not in splits]
+    if missing:
+        raise UserError(f"{root / MANIFEST} has no {missing[0]} images: pack a tree that has them")
+    train, val = (PackedImages(root, split, splits[split]) for split in ("train", "val"))
+    return train, val, manifest["classes"]
 
 
 def list_tree(root: Path) -> tuple[ImageFiles, list[str]]:

@@ -1,19 +1,18 @@
-"""Packed images: each split as one sequential file and one index, made once and read many times.
+"""Packed images: each split as one sequential file and one index, written once, read many times.
 
-A packed folder holds, for each split, SPLIT.data (entries one after another) and SPLIT.npy (a row
-an entry, see `row_type`), and packed.json, which is written last: without it there is no pack. An
-entry is an image file's bytes or, decoded, its uint8 pixels H × W × 3. Files are memory-mapped, so
-that the workers of a machine share one copy, and every entry's CRC-32 is checked when it is read.
+A packed folder contains, for each split, SPLIT.data (entries one after another) and SPLIT.npy (a
+row per entry, see `row_type`), and packed.json, which is written last: without it the folder is
+not a pack. An entry is an image file's bytes or, decoded, its uint8 pixels H × W × 3. The files
+are memory-mapped, so that all workers of a machine share one copy, and every entry's CRC-32 is
+checked when it is read.
 """
 
-import fcntl
+import contextlib
 import json
 import os
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
-from data.images import decode_rgb
+from common.files import sync_folder, write_json
+from data.decoding import decode_rgb
 
-ABOUT, BEGUN, FORMAT = "packed.json", "packing.json", 1
-FLUSH_BYTES = 1 << 26  # how much of a pack may be lost when the machine fails
+MANIFEST, FORMAT = "packed.json", 1
+PARTIAL = ".part"  # suffix of files that are being written
+OLD_JOURNAL = "packing.json"  # earlier versions resumed from it and from SPLIT.rows
 
 
 def row_type(name_bytes: int) -> np.dtype:
-    """An entry in the index; `position` is where its image stood in the listing that was packed."""
+    """An entry in the index; `position` is the image's place in the listing that was packed."""
     return np.dtype(
         [
             ("position", "<u4"),
@@ -44,38 +45,42 @@ def row_type(name_bytes: int) -> np.dtype:
     )
 
 
-class PackedImages:
-    """One split of a packed folder, a source of images as data.images.ImageFiles is one.
+# ---------------------------------------------------------------- reading
 
-    Raises UserError, one line, where the files are not those that packed.json describes.
+
+class PackedImages:
+    """One split of a packed folder, a source of images with the methods of images.ImageFiles.
+
+    `manifest` is packed.json's entry for the split. Raises UserError, one line, where the files
+    are not those that it describes.
     """
 
-    def __init__(self, root: Path, split: str, about: dict):
-        self.root, self.split, self.about = Path(root), split, about
+    def __init__(self, root: Path, split: str, manifest: dict):
+        self.root, self.split, self.manifest = Path(root), split, manifest
         data, index = self.root / f"{split}.data", self.root / f"{split}.npy"
-        again = "copy it again from where it was made, or pack again"
+        advice = "copy it again from where it was made, or pack again"
         try:
-            if data.stat().st_size != about["data_bytes"]:
+            if data.stat().st_size != manifest["data_bytes"]:
                 raise UserError(
                     f"{data} has {data.stat().st_size:,} bytes, not "
-                    f"{about['data_bytes']:,} as packed: {again}"
+                    f"{manifest['data_bytes']:,} as packed: {advice}"
                 )
-            if zlib.crc32(index.read_bytes()) != about["index_crc"]:
-                raise UserError(f"{index} is damaged (its checksum differs): {again}")
+            if zlib.crc32(index.read_bytes()) != manifest["index_crc"]:
+                raise UserError(f"{index} is damaged (its checksum differs): {advice}")
             self.rows = np.load(index, mmap_mode="r", allow_pickle=False)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that nobody may write to it, as nobody does
+                warnings.simplefilter("ignore")  # torch warns that the array is read-only
                 self.data = torch.from_numpy(np.memmap(data, np.uint8, mode="r"))
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self.root}: the packed {split} images cannot be opened ({error}): {again}"
+                f"{self.root}: the packed {split} images cannot be opened ({error}): {advice}"
             ) from error
         self.labels = self.rows["label"].astype(np.int64)
 
     def __reduce__(self):  # a worker that was not forked opens the files itself
-        return PackedImages, (self.root, self.split, self.about)
+        return PackedImages, (self.root, self.split, self.manifest)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,190 +115,148 @@ class PackedImages:
         return entry
 
 
-def read_about(root: Path) -> dict:
+def read_manifest(root: Path) -> dict:
     """packed.json: {"format", "classes", "splits": {split: {…}}, …}. Raises UserError."""
-    path = Path(root) / ABOUT
+    path = Path(root) / MANIFEST
     try:
-        about = json.loads(path.read_text())
-        if about["format"] != FORMAT:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] != FORMAT:
             raise UserError(
-                f"{path} is of format {about['format']}, this program reads {FORMAT}: "
+                f"{path} has format {manifest['format']}, this program reads {FORMAT}: "
                 "pack again with it"
             )
-        if not isinstance(about["classes"], list) or not isinstance(about["splits"], dict):
-            raise TypeError("classes and splits wanted")
+        if not isinstance(manifest["classes"], list) or not isinstance(manifest["splits"], dict):
+            raise TypeError("expected a list of classes and a dictionary of splits")
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy or pack again") from error
-    return about
+    return manifest
 
 
-@contextmanager
-def held(root: Path) -> Iterator[None]:
-    """Hold a folder that is being packed. BlockingIOError when another process holds it."""
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "a") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except PermissionError as error:  # what some systems say instead
-            raise BlockingIOError(*error.args) from error
-        yield
+def is_interrupted(root: Path) -> bool:
+    """Whether `root` contains what a killed process left of a pack."""
+    return (root / OLD_JOURNAL).is_file() or any(root.glob(f"*{PARTIAL}"))
 
 
-class Packing:
-    """A folder that is being packed: begun or gone on with, and at the end made a pack.
-
-    The order on disk is data, then the rows that speak of it, then packed.json: a kill at any
-    moment leaves a pack that can be gone on with, and never one that claims what is not there.
-    `settings` must be those it was begun with; UserError otherwise.
-    """
-
-    def __init__(self, root: Path, settings: dict):
-        self.root, self.writers, self.settings = root, {}, {"format": FORMAT, **settings}
-        try:
-            begun = json.loads((root / BEGUN).read_text())
-        except FileNotFoundError:
-            begun = None
-            write_json(root / BEGUN, self.settings)
-        except ValueError as error:
-            raise UserError(f"{root / BEGUN} cannot be read ({error}): empty the folder") from error
-        if begun is not None and begun != self.settings:
-            differ = ", ".join(k for k in self.settings if begun.get(k) != self.settings[k])
-            raise UserError(
-                f"{root} holds a pack that was begun otherwise ({differ}): give the "
-                "same data and flags, or another folder"
-            )
-
-    def writer(self, split: str, names: np.ndarray, labels: np.ndarray) -> "PackWriter":
-        self.writers[split] = PackWriter(self.root, split, names, labels)
-        return self.writers[split]
-
-    def finish(self, classes: list[str], **more) -> None:
-        splits = {split: writer.finish() for split, writer in self.writers.items()}
-        write_json(
-            self.root / ABOUT, {**self.settings, **more, "classes": classes, "splits": splits}
-        )
-        for file in [BEGUN, *(f"{split}.rows" for split in splits)]:
-            (self.root / file).unlink()
-
-    def close(self) -> None:
-        for writer in self.writers.values():
-            writer.close()
+# ---------------------------------------------------------------- writing
 
 
 class PackWriter:
-    """One split being packed. Whatever was packed before is kept; `missing` is what is left."""
+    """Write the entries of one split to SPLIT.data.part; `finish` writes the index beside it."""
 
     def __init__(self, root: Path, split: str, names: np.ndarray, labels: np.ndarray):
-        self.root, self.split, self.names, self.labels = root, split, names, labels
-        self.type, self.journal_path = row_type(names.dtype.itemsize), root / f"{split}.rows"
-        for path in (root / f"{split}.data", self.journal_path):
-            path.touch()
-        rows = np.fromfile(self.journal_path, self.type)
-        size = (root / f"{split}.data").stat().st_size
-        whole = rows["offset"] + rows["length"] <= size
-        rows = rows[: len(rows) if whole.all() else int(whole.argmin())]
-        self.end = int((rows["offset"] + rows["length"]).max(initial=0))
-        self.missing = np.setdiff1d(np.arange(len(names)), rows["position"])
-        self.fresh, self.flushed = [], self.end
-        self.data = open(root / f"{split}.data", "r+b")  # noqa: SIM115 (closed by close)
-        self.journal = open(self.journal_path, "r+b")  # noqa: SIM115
-        for file, end in ((self.data, self.end), (self.journal, len(rows) * self.type.itemsize)):
-            file.truncate(end)
-            file.seek(end)
+        self.path, self.names, self.labels = root / split, names, labels
+        self.rows = np.zeros(len(names), row_type(names.dtype.itemsize))
+        self.written = np.zeros(len(names), bool)
+        self.end = 0  # bytes written
+        self.data = open(f"{self.path}.data{PARTIAL}", "wb")  # noqa: SIM115 (open_pack closes it)
 
     def add(self, position: int, entry, height: int, width: int, *, decoded: bool) -> None:
         """Append the image at `position` of the listing: a file's bytes, or pixels H × W × 3."""
         entry = memoryview(entry).cast("B")
         self.data.write(entry)
-        self.fresh.append(
-            (
-                position,
-                self.labels[position],
-                self.end,
-                len(entry),
-                zlib.crc32(entry),
-                height,
-                width,
-                decoded,
-                self.names[position],
-            )
+        self.rows[position] = (
+            position,
+            self.labels[position],
+            self.end,
+            len(entry),
+            zlib.crc32(entry),
+            height,
+            width,
+            decoded,
+            self.names[position],
         )
+        self.written[position] = True
         self.end += len(entry)
-        if self.end - self.flushed > FLUSH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        self.data.flush()
-        os.fsync(self.data.fileno())
-        self.journal.write(np.array(self.fresh, self.type).tobytes())
-        self.journal.flush()
-        self.fresh, self.flushed = [], self.end
 
     def finish(self) -> dict:
-        """Write the index of all entries; what packed.json has to say of this split."""
-        self.flush()
-        os.fsync(self.journal.fileno())
-        self.close()
-        rows = np.fromfile(self.journal_path, self.type)
-        rows = rows[np.argsort(rows["position"], kind="stable")]
-        index = self.root / f"{self.split}.npy"
-        np.save(index, rows, allow_pickle=False)
+        """Complete both files on disk and return the manifest's entry for this split."""
+        with open(f"{self.path}.npy{PARTIAL}", "wb") as index:
+            np.save(index, self.rows[self.written], allow_pickle=False)
+            for file in (index, self.data):
+                file.flush()
+                os.fsync(file.fileno())
         return {
-            "images": len(rows),
+            "images": int(self.written.sum()),
             "data_bytes": self.end,
-            "index_crc": zlib.crc32(index.read_bytes()),
+            "index_crc": zlib.crc32(Path(index.name).read_bytes()),
         }
 
-    def close(self) -> None:
-        self.data.close()
-        self.journal.close()
+
+@contextlib.contextmanager
+def open_pack(root: Path, sources: dict) -> Iterator[dict[str, PackWriter]]:
+    """Yield a writer for each of `sources`, {split: source with files and labels}.
+
+    Unless finish_pack has been called, nothing is left when the block ends, however it ends. Only
+    a process that is killed leaves .part files, which the next one overwrites.
+    """
+    remove_partial(root, sources)
+    writers = {}
+    try:
+        for split, source in sources.items():
+            writers[split] = PackWriter(root, split, source.files, source.labels)
+        yield writers
+    finally:
+        for writer in writers.values():
+            with contextlib.suppress(OSError):  # a full disk, which has been reported already
+                writer.data.close()
+        remove_partial(root, sources)
 
 
-class _Made(Dataset):
-    def __init__(self, make: Callable[[int], object]):
-        self.make = make
+def finish_pack(root: Path, writers: dict[str, PackWriter], manifest: dict) -> None:
+    """Make what was written a pack. `manifest` has at least "classes"."""
+    splits = {split: writer.finish() for split, writer in writers.items()}
+    for split in writers:
+        for suffix in (".data", ".npy"):
+            os.replace(root / f"{split}{suffix}{PARTIAL}", root / f"{split}{suffix}")
+    sync_folder(root)
+    write_json(root / MANIFEST, {"format": FORMAT, **manifest, "splits": splits})
+
+
+def remove_partial(root: Path, splits: Iterable[str]) -> None:
+    """Remove what an interrupted process left of a pack."""
+    for split in splits:
+        for suffix in (f".data{PARTIAL}", f".npy{PARTIAL}", ".rows"):
+            (root / f"{split}{suffix}").unlink(missing_ok=True)
+    (root / OLD_JOURNAL).unlink(missing_ok=True)
+
+
+def remove_pack(root: Path, splits: Iterable[str]) -> None:
+    """Remove a damaged pack; unlinked, not truncated, as a run may be reading it."""
+    for file in (MANIFEST, *(f"{split}{end}" for split in splits for end in (".data", ".npy"))):
+        (root / file).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- making entries in parallel
+
+
+class _Calls(Dataset):
+    def __init__(self, function: Callable[[int], object]):
+        self.function = function
 
     def __getitem__(self, position: int):
-        return self.make(position)
+        return self.function(position)
 
 
-def made(make: Callable[[int], object], positions: np.ndarray, *, workers: int, **options):
-    """Yield make(position) for each position, in order, made ahead by worker processes."""
+def map_in_workers(
+    function: Callable[[int], object], positions: np.ndarray, *, workers: int, **options
+) -> Iterator[tuple[int, object]]:
+    """Yield (position, function(position)) in order, computed ahead by worker processes.
+
+    `options` are passed to the DataLoader.
+    """
     loader = DataLoader(
-        _Made(make),
+        _Calls(function),
         sampler=positions.tolist(),
         batch_size=None,
         num_workers=min(workers, len(positions)),
-        generator=torch.Generator(),
-        collate_fn=_same,
+        generator=torch.Generator(),  # the global one stays as it is
+        collate_fn=_identity,
         **options,
     )
     return zip(positions.tolist(), loader, strict=True)
 
 
-def _same(value):
+def _identity(value):
     return value
-
-
-def discard(root: Path, splits: Iterable[str]) -> None:
-    """Remove a pack that is damaged; unlinked, not truncated, as a run may be reading it."""
-    for file in (ABOUT, *(f"{split}.{end}" for split in splits for end in ("data", "npy"))):
-        (root / file).unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: dict) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
-
-
-def check_room(root: Path, needed: float) -> None:
-    """Raise UserError unless `needed` bytes are free where `root` lies."""
-    free = shutil.disk_usage(root).free
-    if needed > free:
-        raise UserError(
-            f"{root} needs about {needed / 1e9:.1f} GB more and has "
-            f"{free / 1e9:.1f} GB free: make room, or give a folder elsewhere"
-        )

@@ -77,7 +77,7 @@ def test_loader_reads_class_folders_and_refuses_a_pack(tree, tmp_path_factory):
     made = loader.small_tree(args, tmp_path_factory.mktemp("made"))
     train, val, classes = loader.load_imagenet(made)
     assert (len(train), len(val), len(classes)) == (5, 2, 2)
-    (tree / "train" / loader.ABOUT).touch()
+    (tree / "train" / loader.MANIFEST).touch()
     with pytest.raises(UserError, match="is packed: give the tree"):
         loader.small_tree(args, tree)
 

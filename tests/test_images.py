@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data.images import EvalSet, ImageFiles, TrainSet, read_rgb, spot_check
+from data.decoding import read_rgb
+from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.transforms import EvalTransform, TrainTransform
 
 COLOUR = (200, 40, 90)

@@ -1,7 +1,10 @@
-"""tools/pack.py: trees become packs of small JPEGs, in any number of sittings, or say why not."""
+"""tools/pack.py: trees become packs of small JPEGs, or one line says why not."""
 
 import io
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +14,13 @@ from torchvision.transforms import v2
 
 from common.errors import Busy, UserError
 from data import packed
+from data.decoding import read_rgb
 from data.imagenet import load_imagenet
-from data.images import read_rgb
-from data.packed import ABOUT
+from data.packed import MANIFEST
 from data.synthetic import write_imagenet_tree
 from tools import pack as tool
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -57,7 +62,7 @@ def index_of(source, name):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_pack_is_read_where_its_tree_was(tree, workers, capsys):
+def test_a_pack_is_read_in_place_of_its_tree(tree, workers, capsys):
     out = run(tree, workers=workers)
     assert "train 12 images in" in capsys.readouterr().out
     (train, val, classes), theirs = load_imagenet(out), load_imagenet(tree)
@@ -93,43 +98,34 @@ def test_larger_images_are_shrunk_bicubically_and_saved_at_the_quality(tree):
     assert png.shape == (3, 36, 48)
 
 
-def test_a_pack_that_was_killed_goes_on_and_ends_the_same(tree, monkeypatch):
+def test_a_pack_that_was_interrupted_starts_over_and_ends_the_same(tree, monkeypatch):
     whole = run(tree)
-    expected = {
-        name: (whole / name).read_bytes()
-        for name in ("train.data", "train.npy", "val.data", "val.npy", ABOUT)
-    }
+    files = ("train.data", "train.npy", "val.data", "val.npy", MANIFEST)
+    expected = {name: (whole / name).read_bytes() for name in files}
     shutil.rmtree(whole)
-    monkeypatch.setattr(packed, "FLUSH_BYTES", 1)
+    whole.mkdir()
+    (whole / "train.data.part").write_bytes(b"half a pack")
+    with pytest.raises(UserError, match="contains an interrupted pack: run tools.pack again"):
+        load_imagenet(whole)
     add, added = packed.PackWriter.add, []
 
-    def die(self, position, *args, **kwargs):
+    def interrupt(self, position, *args, **kwargs):
+        added.append(position)
         if len(added) == 5:
             raise KeyboardInterrupt
-        added.append(position)
         add(self, position, *args, **kwargs)
 
-    monkeypatch.setattr(packed.PackWriter, "add", die)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packed.PackWriter, "add", interrupt)
         run(tree)
-    assert not (whole / ABOUT).exists()
-    with pytest.raises(UserError, match="is not packed to the end"):
-        load_imagenet(whole)
-    added.clear()
-    monkeypatch.setattr(
-        packed.PackWriter,
-        "add",
-        lambda self, position, *args, **kwargs: (
-            added.append(position),
-            add(self, position, *args, **kwargs),
-        ),
-    )
+    assert [path.name for path in whole.iterdir()] == [".lock"]
     run(tree)
-    assert len(added) == 16 - 5  # 12 training images and 4 validation ones
     assert {name: (whole / name).read_bytes() for name in expected} == expected
 
 
-def test_unreadable_images_are_all_named_and_no_pack_is_made_until_they_are_mended(tree, capsys):
+def test_unreadable_images_are_all_named_and_no_pack_is_written_until_they_are_restored(
+    tree, capsys
+):
     files = load_imagenet(tree)[0]
     broken = [files.path(1), next(tree.glob("val/*/*"))]
     contents = [path.read_bytes() for path in broken]
@@ -140,7 +136,7 @@ def test_unreadable_images_are_all_named_and_no_pack_is_made_until_they_are_mend
     error = capsys.readouterr().err
     assert left.value.code == 1 and "error: 2 images cannot be read" in error
     assert all(str(path) in error for path in broken)
-    assert not (tree.parent / "packed" / ABOUT).exists()
+    assert not (tree.parent / "packed" / MANIFEST).exists()
     for path, content in zip(broken, contents, strict=True):
         path.write_bytes(content)
     train, val, _ = load_imagenet(run(tree))
@@ -162,15 +158,15 @@ def test_unreadable_images_are_left_out_on_request(tree, capsys):
 
 def test_a_finished_pack_is_left_as_it_is(tree, capsys):
     out = run(tree)
-    before = (out / ABOUT).stat().st_mtime_ns
+    before = (out / MANIFEST).stat().st_mtime_ns
     run(tree)
     assert "is packed already" in capsys.readouterr().out
-    assert (out / ABOUT).stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="holds a pack of other settings"):
+    assert (out / MANIFEST).stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="contains a pack with other settings"):
         run(tree, "--quality", "70")
 
 
-def test_a_damaged_pack_is_made_anew_and_one_of_other_images_is_refused(tree, capsys):
+def test_a_damaged_pack_is_replaced_and_one_of_other_images_is_refused(tree, capsys):
     out = run(tree)
     whole = (out / "train.data").read_bytes()
     (out / "train.data").write_bytes(whole[:-100] + bytes(100))
@@ -179,41 +175,29 @@ def test_a_damaged_pack_is_made_anew_and_one_of_other_images_is_refused(tree, ca
     assert (out / "train.data").read_bytes() == whole
     path = next(tree.glob("val/*/*"))
     path.rename(path.with_name("other.jpg"))
-    with pytest.raises(UserError, match="holds a pack of other images"):
+    with pytest.raises(UserError, match="contains a pack of other images"):
         run(tree)
 
 
-def test_another_tree_does_not_go_on_with_a_pack(tree):
-    path = next(tree.glob("val/*/*"))
-    content = path.read_bytes()
-    path.write_bytes(b"no image")
-    with pytest.raises(SystemExit):
-        run(tree)
-    path.write_bytes(content)
-    path.rename(path.with_name("other.jpg"))
-    with pytest.raises(UserError, match=r"begun otherwise \(listing\)"):
-        run(tree)
-
-
-def test_too_little_room_is_one_line_before_anything_is_packed(tree, monkeypatch):
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
+def test_too_little_space_is_one_line_before_anything_is_packed(tree, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
     with pytest.raises(UserError, match="needs about 0.0 GB more and has 0.0 GB free"):
         run(tree)
-    assert (tree.parent / "packed" / "train.data").stat().st_size == 0
+    assert not any((tree.parent / "packed").glob("train*"))
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tree, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_same_command_succeeds_later(tree, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packed.PackWriter, "flush", full)
-    with pytest.raises(UserError, match="No space left on device.*the same command goes on"):
+    monkeypatch.setattr(packed.PackWriter, "finish", full)
+    with pytest.raises(UserError, match="No space left on device.*same command again"):
         run(tree)
     monkeypatch.undo()
     assert len(load_imagenet(run(tree))[0]) == 12
 
 
-def test_flags_that_make_no_sense_are_one_line(tree):
+def test_impossible_flags_are_refused_in_one_line(tree):
     packed_tree = run(tree)
     with pytest.raises(UserError, match="is packed: give the tree"):
         tool.main(["--data_dir", str(packed_tree), "--out", str(tree.parent / "again")])
@@ -223,10 +207,17 @@ def test_flags_that_make_no_sense_are_one_line(tree):
         run(tree, "--quality", "100")
 
 
-def test_two_at_a_time_are_refused(tree, monkeypatch):
-    def busy(*args):
-        raise BlockingIOError
-
-    monkeypatch.setattr(tool, "pack", busy)
-    with pytest.raises(Busy, match="by another process"):
-        run(tree)
+def test_two_processes_do_not_pack_into_one_folder(tree):
+    script = (
+        "from pathlib import Path; from common.files import lock_folder\n"
+        "with lock_folder(Path(input())):\n  print('locked', flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdin.write(f"{tree.parent / 'packed'}\n".encode())
+        other.stdin.flush()
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(Busy, match="packed is in use by another running process"):
+            run(tree)
+        other.stdin.close()

@@ -1,5 +1,6 @@
-"""data/packed.py: what is packed is read back, a pack that was stopped goes on, damage is named."""
+"""data/packed.py: what is packed is read back, interrupted packs start over, damage is named."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -13,14 +14,24 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data import images, packed
-from data.images import TrainSet, collate, decode_rgb, read_rgb
-from data.packed import ABOUT, BEGUN, PackedImages, Packing, held, made, read_about, row_type
+from data import decoding, images, packed
+from data.decoding import decode_rgb, read_rgb
+from data.images import ImageFiles, TrainSet, collate
+from data.packed import (
+    MANIFEST,
+    PackedImages,
+    finish_pack,
+    is_interrupted,
+    map_in_workers,
+    open_pack,
+    read_manifest,
+)
 from data.transforms import TrainTransform
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = np.array([b"a/1.jpg", b"a/\xff.jpg", b"b/3.jpg", b"b/4.jpg"])
 LABELS = np.array([0, 0, 1, 1])
+SOURCES = {"train": ImageFiles(Path("."), NAMES, LABELS)}
 
 
 def pixels(index):
@@ -34,29 +45,23 @@ def jpeg(index, **options):
     return file.getvalue()
 
 
-def begin(root, positions, *, decoded=False, settings=None):
+def write_pack(root, positions=range(4), *, decoded=False):
     root.mkdir(exist_ok=True)
-    packing = Packing(root, settings or {"short_side": 256})
-    writer = packing.writer("train", NAMES, LABELS)
-    for i in positions:
-        entry = pixels(i) if decoded else jpeg(i)
-        writer.add(i, entry, 20 + i, 30, decoded=decoded)
-    return packing, writer
+    with open_pack(root, SOURCES) as writers:
+        for i in positions:
+            entry = pixels(i) if decoded else jpeg(i)
+            writers["train"].add(i, entry, 20 + i, 30, decoded=decoded)
+        finish_pack(root, writers, {"classes": ["a", "b"], "short_side": 256})
+    return open_split(root)
 
 
-def finished(root, **options):
-    packing, _ = begin(root, range(4), **options)
-    packing.finish(["a", "b"])
-    return opened(root)
-
-
-def opened(root):
-    return PackedImages(root, "train", read_about(root)["splits"]["train"])
+def open_split(root):
+    return PackedImages(root, "train", read_manifest(root)["splits"]["train"])
 
 
 @pytest.mark.parametrize("decoded", [True, False])
 def test_images_labels_and_names_come_back(tmp_path, decoded):
-    source = finished(tmp_path, decoded=decoded)
+    source = write_pack(tmp_path, decoded=decoded)
     assert len(source) == 4 and source.labels.tolist() == [0, 0, 1, 1]
     assert source.labels.dtype == np.int64
     assert source.file_name(
@@ -71,16 +76,16 @@ def test_images_labels_and_names_come_back(tmp_path, decoded):
         source.check_header(i)
 
 
-def test_nothing_is_left_but_data_index_and_what_describes_them(tmp_path):
-    finished(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"train.data", "train.npy", ABOUT}
-    about = json.loads((tmp_path / ABOUT).read_text())
+def test_a_pack_is_three_files(tmp_path):
+    write_pack(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"train.data", "train.npy", MANIFEST}
+    about = json.loads((tmp_path / MANIFEST).read_text())
     assert about["classes"] == ["a", "b"] and about["short_side"] == 256
     assert about["splits"]["train"]["images"] == 4
 
 
-def test_it_holds_no_object_an_image_and_travels_to_workers_as_a_path(tmp_path):
-    source = finished(tmp_path, decoded=True)
+def test_it_has_no_object_per_image_and_is_sent_to_workers_as_a_path(tmp_path):
+    source = write_pack(tmp_path, decoded=True)
     assert len(pickle.dumps(source)) < 1000
     again = pickle.loads(pickle.dumps(source))
     assert torch.equal(again.read(3), source.read(3))
@@ -92,13 +97,13 @@ def test_it_holds_no_object_an_image_and_travels_to_workers_as_a_path(tmp_path):
 @pytest.mark.parametrize("decoded", [True, False])
 @pytest.mark.parametrize("byte", [0, 700, -1])
 def test_one_wrong_byte_is_found_and_named_and_the_others_are_read(tmp_path, decoded, byte):
-    source = finished(tmp_path, decoded=decoded)
+    source = write_pack(tmp_path, decoded=decoded)
     row = source.rows[1]
     at = int(row["offset"]) + byte % int(row["length"])
     data = bytearray((tmp_path / "train.data").read_bytes())
     data[at] ^= 4
     (tmp_path / "train.data").write_bytes(data)
-    source = opened(tmp_path)
+    source = open_split(tmp_path)
     for look in (source.read, source.check_header):
         with pytest.raises(OSError, match="train.data: a/.*is damaged"):
             look(1)
@@ -109,7 +114,7 @@ def test_one_wrong_byte_is_found_and_named_and_the_others_are_read(tmp_path, dec
 
 def test_a_batch_is_its_samples_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "DECODED_AT_ONCE", 3)
-    dataset = TrainSet(finished(tmp_path), TrainTransform(16), 0)
+    dataset = TrainSet(write_pack(tmp_path), TrainTransform(16), 0)
     keys = [(1, i % 4) for i in range(8)]
     batch = collate(dataset.__getitems__(keys))
     one_by_one = collate([dataset[key] for key in keys])
@@ -139,99 +144,86 @@ def flip(path):
         ("train.npy", flip, "train.npy is damaged"),
         ("train.data", lambda path: path.unlink(), "train images cannot be opened"),
         ("train.npy", lambda path: path.unlink(), "train images cannot be opened"),
-        (ABOUT, cut, "packed.json cannot be read"),
-        (ABOUT, lambda path: path.write_text('{"format": 1}'), "packed.json cannot be read"),
-        (ABOUT, lambda path: path.write_text('{"format": 9}'), "is of format 9"),
+        (MANIFEST, lambda path: path.write_text('{"format": 1, '), "packed.json cannot be read"),
+        (MANIFEST, lambda path: path.write_text('{"format": 1}'), "packed.json cannot be read"),
+        (MANIFEST, lambda path: path.write_text('{"format": 9}'), "has format 9"),
     ],
 )
-def test_files_that_are_not_as_packed_are_one_line(tmp_path, file, damage, message):
-    finished(tmp_path)
+def test_files_that_differ_from_the_manifest_are_refused_in_one_line(
+    tmp_path, file, damage, message
+):
+    write_pack(tmp_path)
     damage(tmp_path / file)
     with pytest.raises(UserError, match=message) as caught:
-        opened(tmp_path)
+        open_split(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-def test_a_pack_that_was_stopped_goes_on_where_it_stood(tmp_path):
-    finished(tmp_path / "whole")
-    packing, writer = begin(tmp_path / "parts", [0, 1])
-    writer.flush()
-    del packing, writer  # killed: nothing is finished
-    assert (tmp_path / "parts" / BEGUN).exists() and not (tmp_path / "parts" / ABOUT).exists()
-    with open(tmp_path / "parts" / "train.data", "ab") as data:
-        data.write(b"half an entry")  # written, and not yet spoken of
-    with open(tmp_path / "parts" / "train.rows", "ab") as rows:
-        rows.write(b"half a row")
-    packing, writer = begin(tmp_path / "parts", [])
-    assert writer.missing.tolist() == [2, 3]
-    for i in (2, 3):
-        writer.add(i, jpeg(i), 20 + i, 30, decoded=False)
-    packing.finish(["a", "b"])
-    for file in ("train.data", "train.npy", ABOUT):
-        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-def test_rows_without_their_data_are_packed_again(tmp_path):
-    _, writer = begin(tmp_path, [0, 1, 2])
-    writer.flush()
-    ends = np.fromfile(tmp_path / "train.rows", row_type(NAMES.dtype.itemsize))
-    with open(tmp_path / "train.data", "r+b") as data:
-        data.truncate(int(ends["offset"][2]) + 5)
-    assert begin(tmp_path, [])[1].missing.tolist() == [2, 3]
-
-
 def test_images_left_out_keep_the_order_of_the_others(tmp_path):
-    begin(tmp_path, [3, 0])[0].finish(["a", "b"])
-    source = opened(tmp_path)
+    source = write_pack(tmp_path, [0, 3])
     assert source.rows["position"].tolist() == [0, 3] and source.labels.tolist() == [0, 1]
 
 
-def test_a_pack_begun_otherwise_is_refused(tmp_path):
-    begin(tmp_path, [0])
-    with pytest.raises(UserError, match=r"begun otherwise \(short_side\)"):
-        begin(tmp_path, [], settings={"short_side": 128})
+@pytest.mark.parametrize("end", ["return", "error", "interrupt"])
+def test_a_pack_that_is_not_finished_leaves_nothing(tmp_path, end):
+    with contextlib.suppress(OSError, KeyboardInterrupt), open_pack(tmp_path, SOURCES) as writers:
+        writers["train"].add(0, jpeg(0), 20, 30, decoded=False)
+        if end == "error":
+            raise OSError(28, "No space left on device")
+        if end == "interrupt":
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_data_are_written_before_the_rows_that_speak_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "FLUSH_BYTES", 1)
-    _, writer = begin(tmp_path, [])
-    for i in range(3):
-        writer.add(i, jpeg(i), 20 + i, 30, decoded=False)
-        rows = np.fromfile(tmp_path / "train.rows", row_type(NAMES.dtype.itemsize))
-        assert len(rows) == i + 1
-        assert (tmp_path / "train.data").stat().st_size == rows["offset"][-1] + rows["length"][-1]
+def test_a_killed_pack_is_recognised_and_the_next_one_starts_over(tmp_path):
+    write_pack(tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    kill = (
+        "import os, sys; from pathlib import Path; import numpy as np\n"
+        "from data.images import ImageFiles; from data.packed import finish_pack, open_pack\n"
+        "source = ImageFiles(None, np.array([b'a']), np.array([0]))\n"
+        "with open_pack(Path(sys.argv[1]), {'train': source}) as writers:\n"
+        "    writers['train'].add(0, b'x' * 10_000_000, 1, 1, decoded=False)\n"
+        "    os._exit(9)"
+    )
+    command = [sys.executable, "-c", kill, str(tmp_path / "parts")]
+    assert subprocess.run(command, cwd=ROOT).returncode == 9
+    assert is_interrupted(tmp_path / "parts") and not is_interrupted(tmp_path / "whole")
+    assert not (tmp_path / "parts" / MANIFEST).exists()
+    write_pack(tmp_path / "parts")
+    assert not is_interrupted(tmp_path / "parts")
+    for file in ("train.data", "train.npy", MANIFEST):
+        assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def test_what_is_made_comes_in_order_from_any_number_of_workers():
+def test_what_an_earlier_version_left_unfinished_starts_over(tmp_path):
+    for file in ("packing.json", "train.data", "train.rows"):
+        (tmp_path / file).write_bytes(b"half a pack")
+    assert is_interrupted(tmp_path)
+    assert write_pack(tmp_path).read(0).shape == (3, 20, 30)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.data", "train.npy", MANIFEST}
+
+
+def test_the_manifest_is_written_after_the_files_it_describes(tmp_path, monkeypatch):
+    def die(path, value):
+        assert (tmp_path / "train.data").stat().st_size == value["splits"]["train"]["data_bytes"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packed, "write_json", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_pack(tmp_path)
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_results_of_workers_come_in_order_and_draw_no_random_number():
     state = torch.get_rng_state()
     for workers in (0, 2):
-        assert list(made(int.__neg__, np.array([4, 1, 3]), workers=workers)) == [
+        assert list(map_in_workers(int.__neg__, np.array([4, 1, 3]), workers=workers)) == [
             (4, -4),
             (1, -1),
             (3, -3),
         ]
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_folder_is_held_by_one_process(tmp_path):
-    other = (
-        "import sys; from pathlib import Path; from data.packed import held\n"
-        "try:\n  with held(Path(sys.argv[1])): print('free')\n"
-        "except BlockingIOError: print('held')"
-    )
-
-    def ask():
-        return subprocess.run(
-            [sys.executable, "-c", other, str(tmp_path)],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            check=True,
-        ).stdout.strip()
-
-    with held(tmp_path):
-        assert ask() == "held"
-    assert ask() == "free"
 
 
 def turned(orientation):
@@ -280,7 +272,7 @@ def test_torchcodec_and_pillow_give_the_same_pixels(tmp_path, monkeypatch, optio
             return None
 
     fast = read()
-    monkeypatch.setattr(images, "fast_jpeg", lambda: None)
+    monkeypatch.setattr(decoding, "fast_jpeg", lambda: None)
     plain = read()
     assert (fast is None) == (plain is None) == (options in ("cut", "empty", "stray"))
     assert fast is None or torch.equal(fast, plain)
@@ -294,6 +286,6 @@ def test_torchcodec_is_used_where_it_is_installed(tmp_path, monkeypatch):
         asked.append(mode)
         return torch.zeros(1, 2, 3, dtype=torch.uint8)
 
-    monkeypatch.setattr(images, "fast_jpeg", lambda: decode_jpeg)
+    monkeypatch.setattr(decoding, "fast_jpeg", lambda: decode_jpeg)
     (tmp_path / "x.jpg").write_bytes(jpeg(0))
     assert read_rgb(tmp_path / "x.jpg").shape == (3, 2, 3) and asked == ["UNCHANGED"]

@@ -1,12 +1,13 @@
-"""Pack an ImageNet tree into one sequential file a split, for faster training from less disk.
+"""Pack an ImageNet tree into one sequential file per split: faster training, less disk space.
 
   python -m tools.pack --data_dir /path/to/imagenet --out /path/to/packed
 
-Images are shrunk to a shorter side of --short_side (never enlarged) and written as JPEGs; those
+Images are shrunk to a shorter side of --short_side (never enlarged) and written as JPEGs; JPEGs
 that are small enough already are copied byte for byte. Then give --data_dir /path/to/packed to
-pretrain_imagenet.py. ImageNet becomes about 38 GB instead of 147. A pack that was stopped goes on
-with the same command. Unreadable images are named, and leave the pack unfinished: restore them and
-run the same command, or leave them out with --skip_unreadable.
+pretrain_imagenet.py. ImageNet becomes about 38 GB instead of 147. The same command checks a
+finished pack, and replaces it if it is damaged; an interrupted pack starts over. Unreadable images
+are named, and no pack is written: restore them and run the same command, or leave them out with
+--skip_unreadable.
 """
 
 import hashlib
@@ -24,11 +25,24 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from common.cli import Parser, at_least, run
-from common.errors import Busy, UserError
+from common.errors import UserError
+from common.files import lock_folder, require_free_space
 from common.processes import ignore_stop_signals, usable_cpus
+from data.decoding import decode_rgb, open_image
 from data.imagenet import load_imagenet
-from data.images import ImageFiles, decode_rgb
-from data.packed import ABOUT, PackedImages, Packing, check_room, discard, held, made, read_about
+from data.images import ImageFiles
+from data.packed import (
+    MANIFEST,
+    PackedImages,
+    PackWriter,
+    finish_pack,
+    map_in_workers,
+    open_pack,
+    read_manifest,
+    remove_pack,
+)
+
+SAMPLE = 64  # images per split from which the size of the pack is estimated
 
 
 def make_parser() -> Parser:
@@ -38,100 +52,36 @@ def make_parser() -> Parser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder with train/ and val/, each of one folder of images a class",
+        help="folder with train/ and val/, each with one folder of images per class",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the packed folder")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write the pack to"
+    )
     parser.add_argument(
         "--short_side",
         type=at_least(32),
         default=256,
         metavar="PX",
-        help="shorter side after shrinking",
+        help="shrink larger images to this shorter side",
     )
     parser.add_argument(
         "--quality",
         type=at_least(1),
         default=90,
         metavar="Q",
-        help="of the JPEGs that are written, at most 95",
+        help="quality of the JPEGs that are written, at most 95",
     )
     parser.add_argument(
         "--workers",
         type=at_least(0),
         default=usable_cpus(),
         metavar="N",
-        help="processes that shrink",
+        help="number of processes that shrink images",
     )
     parser.add_argument(
         "--skip_unreadable", action="store_true", help="leave out images that cannot be read"
     )
     return parser
-
-
-def shrink(source: ImageFiles, index: int, *, short_side: int, quality: int):
-    """(JPEG file as uint8 tensor, height, width), or the reason why there is none."""
-    path = source.path(index)
-    try:
-        encoded = torch.from_numpy(np.fromfile(path, np.uint8))
-        pixels = decode_rgb(encoded, path)
-        with Image.open(io.BytesIO(encoded.numpy().tobytes())) as image:
-            jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-    except OSError as error:
-        return str(error)
-    if not jpeg or min(pixels.shape[1:]) > short_side:
-        if min(pixels.shape[1:]) > short_side:
-            pixels = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)
-        file = io.BytesIO()
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
-        encoded = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
-    return encoded, *pixels.shape[1:]
-
-
-def pack_split(writer, source: ImageFiles, *, split: str, workers: int, make) -> list[str]:
-    """Pack what is missing of one split; why images could not be read."""
-    unreadable = []
-    images = made(
-        partial(make, source), writer.missing, workers=workers, worker_init_fn=ignore_stop_signals
-    )
-    for position, image in tqdm(
-        images,
-        total=len(source),
-        initial=len(source) - len(writer.missing),
-        unit="image",
-        desc=split,
-        disable=None,
-    ):
-        if isinstance(image, str):
-            unreadable.append(image)
-            tqdm.write(f"warning: {image}")
-        else:
-            encoded, height, width = image
-            writer.add(position, encoded.numpy(), height, width, decoded=False)
-    writer.flush()
-    return unreadable
-
-
-def check_size(out: Path, writers: dict, sources: dict, make) -> None:
-    """UserError where the images that are missing would not fit on the disk."""
-    needed = 0.0
-    for split, writer in writers.items():
-        sample = (
-            writer.missing[np.linspace(0, len(writer.missing) - 1, 64).astype(int)]
-            if len(writer.missing)
-            else []
-        )
-        shrunk = [make(sources[split], int(i)) for i in np.unique(sample)]
-        sizes = [len(image[0]) for image in shrunk if not isinstance(image, str)]
-        needed += 1.05 * float(np.mean(sizes or [0])) * len(writer.missing)
-    check_room(out, needed)
-
-
-def listing_key(sources: dict, classes: list[str]) -> str:
-    """Tells whether a pack is gone on with from the listing it was begun with."""
-    digest = hashlib.sha256(b"\0".join(os.fsencode(name) for name in classes))
-    for source in sources.values():
-        digest.update(source.files.tobytes() + source.labels.tobytes())
-    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,99 +94,158 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.resolve() == args.data_dir.resolve():
         raise UserError("--out must be another folder than --data_dir")
     sources = {"train": train, "val": val}
+    settings = {
+        "short_side": args.short_side,
+        "quality": args.quality,
+        "listing": hash_listing(sources, classes),
+    }
     try:
-        with held(args.out):
-            if not is_packed(args, sources, classes):
-                pack(args, sources, classes)
-    except BlockingIOError as error:
-        raise Busy(f"--out {args.out} is being packed by another process") from error
+        with lock_folder(args.out):
+            if not is_packed(args.out, sources, settings):
+                pack(
+                    args.out,
+                    sources,
+                    classes,
+                    settings=settings,
+                    workers=args.workers,
+                    skip_unreadable=args.skip_unreadable,
+                )
     except OSError as error:
         raise UserError(
-            f"--out {args.out} cannot be written ({error.strerror or error}): with "
-            "that mended, the same command goes on"
+            f"--out {args.out} cannot be written ({error.strerror or error}): correct this and run "
+            "the same command again, which starts over"
         ) from error
 
 
-def is_packed(args, sources: dict[str, ImageFiles], classes: list[str]) -> bool:
-    """Whether --out holds this pack, whole to the last byte; a damaged one is removed.
+def hash_listing(sources: dict[str, ImageFiles], classes: list[str]) -> str:
+    """sha256 of class names, files and labels: what a finished pack is recognised by."""
+    digest = hashlib.sha256(b"\0".join(os.fsencode(name) for name in classes))
+    for source in sources.values():
+        digest.update(source.files.tobytes() + source.labels.tobytes())
+    return digest.hexdigest()
 
-    UserError where it holds another one.
+
+def is_packed(out: Path, sources: dict[str, ImageFiles], settings: dict) -> bool:
+    """Whether `out` contains this pack, undamaged to the last byte; a damaged one is removed.
+
+    Raises UserError where it contains another pack.
     """
-    if not (args.out / ABOUT).is_file():
+    if not (out / MANIFEST).is_file():
         return False
-    about = read_about(args.out)
-    if (about.get("short_side"), about.get("quality")) != (args.short_side, args.quality):
-        raise UserError(f"--out {args.out} holds a pack of other settings: give another folder")
-    if about.get("listing") != listing_key(sources, classes):
-        raise UserError(
-            f"--out {args.out} holds a pack of other images than --data_dir "
-            f"{args.data_dir} has: give another folder"
-        )
+    manifest = read_manifest(out)
+    for key, what in (
+        ("short_side", "with other settings"),
+        ("quality", "with other settings"),
+        ("listing", "of other images than --data_dir has"),
+    ):
+        if manifest.get(key) != settings[key]:
+            raise UserError(f"--out {out} contains a pack {what}: choose another folder")
     try:
         for split in sources:
-            packed = PackedImages(args.out, split, about["splits"][split])
-            for index in tqdm(
+            packed = PackedImages(out, split, manifest["splits"][split])
+            indices = tqdm(
                 range(len(packed)),
                 desc=f"checking {split}",
                 unit="image",
                 leave=False,
                 disable=None,
-            ):
+            )
+            for index in indices:
                 packed.check_header(index)
     except (OSError, UserError) as error:
         print(f"packing again: {error}", flush=True)
-        discard(args.out, sources)
+        remove_pack(out, sources)
         return False
-    print(f"{args.out} is packed already, and whole: " + describe(about["splits"]))
+    print(f"{out} is packed already and undamaged: {describe(manifest['splits'])}")
     return True
 
 
-def pack(args, sources: dict[str, ImageFiles], classes: list[str]) -> None:
-    packing = Packing(
-        args.out,
-        {
-            "short_side": args.short_side,
-            "quality": args.quality,
-            "listing": listing_key(sources, classes),
-        },
-    )
-    make = partial(shrink, short_side=args.short_side, quality=args.quality)
-    try:
-        writers = {
-            split: packing.writer(split, source.files, source.labels)
-            for split, source in sources.items()
-        }
-        check_size(args.out, writers, sources, make)
-        torch.set_num_threads(1)  # in each worker
-        unreadable = [
-            why
-            for split, writer in writers.items()
-            for why in pack_split(
-                writer, sources[split], split=split, workers=args.workers, make=make
-            )
-        ]
-        if unreadable and not args.skip_unreadable:
+def pack(
+    out: Path,
+    sources: dict[str, ImageFiles],
+    classes: list[str],
+    *,
+    settings: dict,
+    workers: int,
+    skip_unreadable: bool,
+) -> None:
+    """Write the pack; exits with code 1, and writes none, where images cannot be read."""
+    shrink = partial(shrink_image, short_side=settings["short_side"], quality=settings["quality"])
+    require_free_space(out, sum(estimate_size(source, shrink) for source in sources.values()))
+    torch.set_num_threads(1)  # in each worker
+    with open_pack(out, sources) as writers:
+        unreadable = []
+        for split, source in sources.items():
+            unreadable += pack_split(writers[split], source, shrink, split=split, workers=workers)
+        if unreadable and not skip_unreadable:
             print(
-                f"error: {len(unreadable)} images cannot be read, all others are packed: restore "
-                "them and run the same command, or leave them out with --skip_unreadable: "
+                f"error: {len(unreadable)} images cannot be read, no pack was written: restore "
+                "them, or leave them out with --skip_unreadable, and run the same command again: "
                 + "; ".join(unreadable),
                 file=sys.stderr,
                 flush=True,
             )
             sys.exit(1)
-        packing.finish(classes, left_out=unreadable)
-    finally:
-        packing.close()
+        finish_pack(out, writers, {**settings, "left_out": unreadable, "classes": classes})
     print(
-        f"wrote {args.out}: {describe(read_about(args.out)['splits'])}"
+        f"wrote {out}: {describe(read_manifest(out)['splits'])}"
         + (f"; {len(unreadable)} unreadable images left out" if unreadable else "")
     )
 
 
+def estimate_size(source: ImageFiles, shrink) -> float:
+    """Bytes of a split when packed, with 5 % to spare, from SAMPLE of its images."""
+    chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
+    shrunk = [shrink(source, int(index)) for index in chosen]
+    sizes = [len(image[0]) for image in shrunk if not isinstance(image, str)]
+    return 1.05 * float(np.mean(sizes or [0])) * len(source)
+
+
+def pack_split(
+    writer: PackWriter, source: ImageFiles, shrink, *, split: str, workers: int
+) -> list[str]:
+    """Pack one split; returns why images could not be read, a line for each."""
+    unreadable = []
+    images = map_in_workers(
+        partial(shrink, source),
+        np.arange(len(source)),
+        workers=workers,
+        worker_init_fn=ignore_stop_signals,
+    )
+    for position, image in tqdm(images, total=len(source), unit="image", desc=split, disable=None):
+        if isinstance(image, str):
+            unreadable.append(image)
+            tqdm.write(f"warning: {image}", file=sys.stderr)
+        else:
+            encoded, height, width = image
+            writer.add(position, encoded.numpy(), height, width, decoded=False)
+    return unreadable
+
+
+def shrink_image(source: ImageFiles, index: int, *, short_side: int, quality: int):
+    """(JPEG file as uint8 tensor, height, width), or the reason why the image cannot be read."""
+    path = source.path(index)
+    try:
+        encoded = torch.from_numpy(np.fromfile(path, np.uint8))
+        pixels = decode_rgb(encoded, path)  # 3 × H × W
+        with open_image(io.BytesIO(encoded.numpy())) as image:
+            is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    except OSError as error:
+        return str(error)
+    is_large = min(pixels.shape[1:]) > short_side
+    if is_large:
+        pixels = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)
+    if is_large or not is_jpeg:
+        file = io.BytesIO()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
+        encoded = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    return encoded, *pixels.shape[1:]
+
+
 def describe(splits: dict) -> str:
     return ", ".join(
-        f"{split} {about['images']:,} images in {about['data_bytes'] / 1e6:,.1f} MB"
-        for split, about in splits.items()
+        f"{split} {entry['images']:,} images in {entry['data_bytes'] / 1e6:,.1f} MB"
+        for split, entry in splits.items()
     )
 
 

@@ -8,10 +8,10 @@ import numpy as np
 from torch.utils.data import default_collate
 
 from common.errors import UserError
-from data import images
+from data import decoding
 from data.imagenet import list_tree, load_imagenet
 from data.images import ImageFiles, Sample, TrainSet, collate
-from data.packed import ABOUT, PackedImages, Packing, read_about
+from data.packed import MANIFEST, PackedImages, finish_pack, open_pack, read_manifest
 from data.synthetic import write_imagenet_tree
 from data.transforms import Augment, TrainTransform
 from tools.benchmark import plain
@@ -36,11 +36,11 @@ class PlainSet:
 @contextmanager
 def pillow_alone():
     """Decode as where torchcodec is not installed."""
-    fast, images.fast_jpeg = images.fast_jpeg, lambda: None
+    fast, decoding.fast_jpeg = decoding.fast_jpeg, lambda: None
     try:
         yield
     finally:
-        images.fast_jpeg = fast
+        decoding.fast_jpeg = fast
 
 
 def small_tree(args, folder: Path) -> Path:
@@ -51,7 +51,7 @@ def small_tree(args, folder: Path) -> Path:
             tree, train_per_class=-(-args.images // 8), val_per_class=1, size=DRAWN_SIZE, seed=0
         )
         return tree
-    if (args.data_dir / ABOUT).exists():
+    if (args.data_dir / MANIFEST).exists():
         raise UserError(f"--data_dir {args.data_dir} is packed: give the tree, it is packed here")
     inside = args.data_dir / "train"
     source, _ = list_tree(inside if inside.is_dir() else args.data_dir)
@@ -73,13 +73,12 @@ def pack(tree: Path, out: Path) -> PackedImages:
 
 def decode_all(source: ImageFiles, out: Path) -> PackedImages:
     out.mkdir()
-    packing = Packing(out, {})
-    writer = packing.writer("decoded", source.files, source.labels)
-    for index in range(len(source)):
-        image = source.read(index).permute(1, 2, 0).contiguous()
-        writer.add(index, image.numpy(), *image.shape[:2], decoded=True)
-    packing.finish([])
-    return PackedImages(out, "decoded", read_about(out)["splits"]["decoded"])
+    with open_pack(out, {"decoded": source}) as writers:
+        for index in range(len(source)):
+            image = source.read(index).permute(1, 2, 0).contiguous()
+            writers["decoded"].add(index, image.numpy(), *image.shape[:2], decoded=True)
+        finish_pack(out, writers, {"classes": []})
+    return PackedImages(out, "decoded", read_manifest(out)["splits"]["decoded"])
 
 
 def loader(args) -> dict:
@@ -117,7 +116,7 @@ def loader(args) -> dict:
         }
         for what, source in (("files", files), ("packed 256", packed)):
             rows[f"{what}, Pillow"] = ours(source, pillow=True)
-            if images.fast_jpeg():
+            if decoding.fast_jpeg():
                 rows[f"{what}, torchcodec"] = ours(source, pillow=False)
         rows["decoded once (fine-tuning)"] = ours(pixels, pillow=True)
         table = interleaved(rows, rounds=args.rounds, images=len(files))
