@@ -1,4 +1,4 @@
-"""timm's RandAugment, whose ops and magnitudes are others than torchvision's."""
+"""timm's RandAugment, whose operations and magnitudes differ from torchvision's."""
 
 import random
 
@@ -10,11 +10,11 @@ from common.errors import UserError
 
 
 class TimmRandAugment:
-    """timm's RandAugment of one uint8 image, 3 × H × W, under its name there, by Pillow.
+    """One of timm's RandAugment policies, such as rand-m7-n2-mstd0.5-inc1, for single images.
 
-    It draws from Python's and NumPy's generators: one draw of torch's seeds them, and they are put
-    back after. `mean`: 0 to 1, a channel, the colour of what comes in from outside. UserError
-    where timm is missing.
+    RandAugment: Cubuk et al. 2019, arXiv:1909.13719. `size` is that of the images, which limits how
+    far they are translated; `mean` (three values from 0 to 1) is the color of pixels that come from
+    outside of the image. Raises UserError if timm is not installed.
     """
 
     def __init__(self, name: str, *, size: int, mean: tuple[float, float, float]):
@@ -22,8 +22,8 @@ class TimmRandAugment:
             from timm.data.auto_augment import rand_augment_transform
         except ImportError as error:
             raise UserError(f"RandAugment {name} is timm's ({error}): pip install timm") from error
-        # What timm's own transforms_imagenet_train passes on for a crop of `size`.
-        self.theirs = rand_augment_transform(
+        # The same arguments as in timm's own transforms_imagenet_train for a crop of `size`.
+        self.policy = rand_augment_transform(
             name,
             {
                 "translate_const": int(size * 0.45),
@@ -32,12 +32,14 @@ class TimmRandAugment:
         )
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8, 3 × H × W, to the same, by Pillow."""
+        # timm draws from Python's and NumPy's generators: seed them from torch's, restore them after.
         before = random.getstate(), np.random.get_state()
         seed = int(torch.randint(2**32, ()))
         random.seed(seed)
         np.random.seed(seed)
         try:
-            image = self.theirs(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+            image = self.policy(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])

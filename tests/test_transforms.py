@@ -1,32 +1,22 @@
-"""data/transforms.py: torchvision's augmentation to the bit, applied to groups of a batch."""
+"""data/transforms.py: crops, normalisation, MixUp and CutMix, with torchvision's values."""
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
+from data.randaugment import OPS, RandAugment
 from data.sampling import seeded
 from data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augment,
     EvalTransform,
-    RandAugment,
     TrainTransform,
+    cut_mix,
+    mix_up,
     normalise,
 )
-
-SIGNED = {
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-    "Brightness",
-    "Color",
-    "Contrast",
-    "Sharpness",
-}
 
 
 def images(count, height=20, width=24, seed=0):
@@ -34,52 +24,7 @@ def images(count, height=20, width=24, seed=0):
     return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.parametrize(("num_ops", "magnitude"), [(1, 9), (2, 9), (3, 15)])
-def test_a_batch_is_augmented_as_torchvision_does_each_image_alone(num_ops, magnitude):
-    batch = images(160)
-    kept = batch.clone()
-    theirs, draws = [], []
-    for i, image in enumerate(batch):
-        with seeded(i):
-            theirs.append(v2.RandAugment(num_ops, magnitude)(image))
-        with seeded(i):
-            draws.append(RandAugment.draw(num_ops))
-    draws = torch.stack(draws)
-    ours = RandAugment(magnitude=magnitude)(batch, draws)
-    assert draws.shape == (160, num_ops, 2) and draws.dtype == torch.int64
-    assert torch.equal(ours, torch.stack(theirs))
-    assert torch.equal(batch, kept)
-    drawn = {(RandAugment.OPS[op], sign) for op, sign in draws.flatten(0, 1).tolist()}
-    assert drawn == {(op, s) for op in RandAugment.OPS for s in ((0, 1) if op in SIGNED else (0,))}
-
-
-def test_the_draw_takes_from_the_generator_what_torchvision_takes():
-    for i in range(30):
-        with seeded(i):
-            v2.RandAugment(2)(images(1)[0])
-            after_theirs = torch.rand(())
-        with seeded(i):
-            RandAugment.draw(2)
-            assert torch.equal(torch.rand(()), after_theirs)
-
-
-def test_ops_are_drawn_evenly_and_half_of_the_signed_are_negated():
-    with seeded(0):
-        draws = torch.cat([RandAugment.draw(2) for _ in range(3500)])
-    n = len(draws)
-    ops = torch.bincount(draws[:, 0], minlength=14)
-    sigma = (n * 1 / 14 * 13 / 14) ** 0.5
-    assert len(ops) == 14 == len(RandAugment.OPS)
-    assert (ops - n / 14).abs().max() < 4 * sigma
-    for op, name in enumerate(RandAugment.OPS):
-        signs = draws[draws[:, 0] == op, 1].double()
-        if name in SIGNED:
-            assert abs(signs.mean() - 0.5) < 4 * 0.5 / len(signs) ** 0.5
-        else:
-            assert not signs.any()
-
-
-def test_normalise_is_torchvisions_within_rounding():
+def test_normalise_equals_torchvisions_within_rounding():
     batch = images(4)
     theirs = v2.functional.normalize(
         v2.functional.to_dtype(batch, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD
@@ -96,7 +41,9 @@ def test_normalise_is_torchvisions_within_rounding():
 
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (128, 146), (64, 73), (32, 37)])
 @pytest.mark.parametrize("shape", [(90, 60), (300, 500)])
-def test_evaluation_resizes_in_proportion_and_crops_the_centre(size, resized, shape):
+def test_evaluation_resizes_the_shorter_side_in_proportion_and_crops_the_centre(
+    size, resized, shape
+):
     image = images(1, *shape)[0]
     plain = v2.Compose(
         [v2.Resize(resized, v2.InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size)]
@@ -124,13 +71,30 @@ def test_training_crops_and_flips_as_the_plain_recipe_does():
         assert torch.equal(RandAugment(magnitude=9)(crop[None], draws[None])[0], expected)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_mixup_and_cutmix_have_torchvisions_values_and_stay_channels_last(seed):
+    labels = torch.tensor([0, 3, 3, 1, 2])
+    targets = torch.nn.functional.one_hot(labels, 4).float()
+    for theirs, ours in (
+        (v2.MixUp(alpha=0.4, num_classes=4), mix_up),
+        (v2.CutMix(alpha=1.0, num_classes=4), cut_mix),
+    ):
+        batch = normalise(images(5, seed=seed))
+        with seeded(seed):
+            expected = theirs(batch.clone(), labels)
+        with seeded(seed):
+            mixed = ours(batch, targets, **theirs.make_params([batch]))
+        assert torch.equal(mixed[0], expected[0]) and torch.equal(mixed[1], expected[1])
+        assert mixed[0].is_contiguous(memory_format=torch.channels_last)
+
+
 def grey_levels(values):
-    """Constant images: MixUp and CutMix can be told by their pixels."""
+    """Constant images, whose pixels show how they were mixed."""
     return torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 16, 16)
 
 
 def mixed(step, micro=0, *, seed=0, mixup=1.0):
-    """Two classes, black and white, no RandAugment: images back in 0 to 1, targets."""
+    """A black and a white image, mixed without RandAugment: pixels from 0 to 1, and targets."""
     augment = Augment(2, seed=seed, magnitude=9, mixup=mixup, cutmix=1.0)
     inputs, targets = augment(
         grey_levels([0, 255]),
@@ -143,13 +107,13 @@ def mixed(step, micro=0, *, seed=0, mixup=1.0):
     return inputs * std + mean, targets
 
 
-def test_targets_are_the_shares_of_the_pixels_in_mixup_and_in_cutmix():
+def test_targets_equal_the_shares_of_the_pixels_in_mixup_and_cutmix():
     cut = 0
     for step in range(200):
         pixels, targets = mixed(step)
         assert targets.shape == (2, 2)
         torch.testing.assert_close(targets.sum(1), torch.ones(2))
-        # The share of white is the target of the white class, whichever of the two mixed.
+        # The share of white is the target of the white class, with MixUp and with CutMix.
         torch.testing.assert_close(pixels.mean((1, 2, 3)), targets[:, 1], rtol=0, atol=1e-5)
         pure = torch.minimum(pixels, 1 - pixels).abs().max() < 1e-5
         cut += bool(pure)
@@ -168,7 +132,7 @@ def test_mixing_keeps_the_sum_of_all_targets():
         torch.testing.assert_close(targets.sum(0), torch.bincount(labels).float())
 
 
-def test_mixing_is_a_function_of_seed_step_and_micro_batch():
+def test_mixing_depends_only_on_seed_step_and_micro_batch():
     before = torch.get_rng_state()
     pixels, targets = mixed(3, 1)
     torch.manual_seed(99)
@@ -181,7 +145,7 @@ def test_mixing_is_a_function_of_seed_step_and_micro_batch():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_small_alpha_hardly_mixes_and_a_large_one_does():
+def test_a_smaller_alpha_mixes_less():
     def least_share(alpha):
         shares = [mixed(step, mixup=alpha)[1].min().item() for step in range(120)]
         return np.mean(shares)
@@ -192,7 +156,7 @@ def test_a_small_alpha_hardly_mixes_and_a_large_one_does():
 def test_randaugment_is_applied_before_mixing():
     augment = Augment(2, seed=0, magnitude=9, mixup=1.0, cutmix=1.0)
     batch, labels = images(2), torch.tensor([0, 1])
-    op = RandAugment.OPS.index("Equalize")
+    op = OPS.index("Equalize")
     draws = torch.tensor([[[op, 0]], [[op, 0]]])
     equalised = torch.stack([v2.functional.equalize(image) for image in batch])
     none = torch.zeros(2, 1, 2, dtype=torch.int64)
