@@ -33,7 +33,7 @@ class TimmRandAugment:
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         """uint8, 3 × H × W, to the same, by Pillow."""
-        # timm draws from Python's and NumPy's generators: seed them from torch's, restore them after.
+        # timm draws from Python's and NumPy's generators: seed both, and restore them after.
         before = random.getstate(), np.random.get_state()
         seed = int(torch.randint(2**32, ()))
         random.seed(seed)
