@@ -1,16 +1,18 @@
-"""Pretrain a network on ImageNet, or on any tree of class folders, and write its weights.
+"""Pretrain a network on ImageNet, or on any tree of class folders, and export its weights.
 
-  one GPU, or a CPU   python pretrain_imagenet.py --data_dir /path/to/imagenet
-  four GPUs           torchrun --nproc_per_node=4 pretrain_imagenet.py --data_dir /path/to/imagenet
-  two machines        torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-                          --rdzv_endpoint=HOST:29400 pretrain_imagenet.py --data_dir ...
-  go on after a stop  python pretrain_imagenet.py --data_dir ... --resume checkpoints/latest.pt
+  one GPU, or a CPU      python pretrain_imagenet.py --data_dir /path/to/imagenet
+  four GPUs              torchrun --nproc_per_node=4 pretrain_imagenet.py \\
+                             --data_dir /path/to/imagenet
+  two machines           torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+                             --rdzv_endpoint=HOST:29400 pretrain_imagenet.py --data_dir ...
+  resume after a stop    the same command again, or
+                         python pretrain_imagenet.py --data_dir ... --resume checkpoints/latest.pt
 
 Writes latest.pt, best.pt, log.jsonl and, at the end, <model>_imagenet.pt with its .json into
---checkpoint_dir, and the last two into --weights_dir, where train.py and run_all.py find them.
+--checkpoint_dir, and the last two also into --weights_dir, where train.py and run_all.py find them.
 """
 
-import os
+import argparse
 import secrets
 import shlex
 from pathlib import Path
@@ -19,114 +21,130 @@ import torch
 
 from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
 from common.errors import UserError
-from common.processes import ignore_stop_signals, usable_cpus
+from common.files import replace_by_link
 from data.imagenet import load_imagenet
 from data.images import EvalSet, TrainSet, spot_check
-from data.loading import eval_batches, train_steps
-from data.sampling import StepSampler, seed_network
+from data.loading import EvalLoader, TrainLoader
+from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import digest_of
-from data.transforms import EvalTransform, make_augmentation, normalise
+from data.transforms import EvalTransform, make_augmentation
 from models import MODELS, build_model
 from models.resnet import set_stochastic_depth
-from training.checkpoint import LATEST, PREVIOUS, load_checkpoint
-from training.distributed import World, start_processes, stop_processes
-from training.engine import LOSSES, Trainer, choose_precision, evaluate
+from models.twistnet import read_gates
+from training.checkpoint import (
+    BEST,
+    LATEST,
+    TrainState,
+    has_checkpoint,
+    load_checkpoint,
+    load_tensors,
+    require_checkpoint,
+)
+from training.distributed import DistributedContext, init_distributed, shut_down_distributed
+from training.engine import LOSSES, Evaluator, Trainer, choose_precision
 from training.export import write_weights
-from training.loop import Progress, Run, restore
-from training.optim import OPTIMIZERS, make_schedule, warmup_steps
+from training.loop import TrainLoop
+from training.optim import count_warmup_steps, make_optimizer, make_schedule
 from training.preemption import StopRequest
-from training.recipes import FLAGS, RECIPES, in_words
-from training.run_dir import Folder
-from training.tensorboard import Board
+from training.recipes import FLAGS, PRETRAIN, describe_recipe, upgrade_pretrain_config
+from training.run_dir import RunDir
+from training.tensorboard import TensorBoardLogger
 
-# What makes a run the run it is. A resumed run takes these from its checkpoint.
+# What makes two runs the same run; a resumed run takes these from its checkpoint.
 RUN_FLAGS = ("recipe", "model", *FLAGS, "img_size", "seed")
 
 
 def make_parser() -> Parser:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="pretrain_imagenet.py", description=__doc__)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data_dir",
         type=Path,
         default=Path("data/imagenet"),
         metavar="DIR",
-        help="folder with train/ and val/, each of one folder of images a class",
+        help="folder with train/ and val/, each with one folder of images per class; or a folder "
+        "packed by tools.pack",
     )
     data.add_argument(
         "--img_size",
         type=at_least(32),
         default=224,
         metavar="PX",
-        help="training and validation crop",
+        help="side of the training and validation crop, in pixels",
     )
     data.add_argument(
         "--workers",
         type=at_least(0),
         default=8,
         metavar="N",
-        help="loader processes per process, at most the CPUs it may use",
+        help="loader workers per process, at most one per CPU core; raise it if training waits for "
+        "data",
     )
-    recipe = parser.add_argument_group("recipe", "defaults are those of the recipe guide")
+    recipe = parser.add_argument_group("recipe", "defaults are those of the chosen recipe")
     recipe.add_argument(
         "--recipe",
         default="guide",
-        choices=RECIPES,
+        choices=PRETRAIN,
         metavar="NAME",
-        help="guide, or a1 for timm's A1, in steps of 2048 images whatever the "
-        "--batch_size (pip install timm)",
+        help="guide (this project's), or a1 (timm's A1: steps of 2048 images by accumulation; "
+        "pip install timm)",
     )
     recipe.add_argument(
         "--model",
         default="twistnet18",
         choices=MODELS,
         metavar="NAME",
-        help=f"one of {', '.join(MODELS)}",
+        help=f"network to train: {', '.join(MODELS)}",
     )
-    recipe.add_argument("--epochs", type=at_least(1), metavar="N", help="epochs")
+    recipe.add_argument("--epochs", type=at_least(1), metavar="N", help="number of training epochs")
     recipe.add_argument(
         "--batch_size",
         type=at_least(1),
         metavar="B",
-        help="images a process and step; with a1, at a time",
+        help="images per GPU per step (with --recipe a1: per micro-batch); lower it if you run out "
+        "of memory",
     )
     recipe.add_argument(
         "--lr",
         type=at_least(0, float),
         metavar="LR",
-        help="learning rate for 256 images, times global batch / 256; with a1, as it is",
+        help="learning rate for a global batch of 256, scaled linearly with it (with --recipe a1: "
+        "used as it is)",
     )
     recipe.add_argument(
         "--weight_decay",
         type=at_least(0, float),
         metavar="WD",
-        help="of convolutions and linear layers; none on norms, biases, gates",
+        help="weight decay of convolutions and linear layers; norms, biases and gates have none",
     )
     recipe.add_argument(
         "--warmup_epochs",
         type=at_least(0, float),
         metavar="N",
-        help="linear warm-up before the cosine",
+        help="epochs of linear warm-up of the learning rate",
     )
     recipe.add_argument(
-        "--label_smoothing", type=at_least(0, float), metavar="E", help="kept on mixed targets"
+        "--label_smoothing",
+        type=at_least(0, float),
+        metavar="E",
+        help="label smoothing, also applied to MixUp and CutMix targets",
     )
     recipe.add_argument(
         "--clip_norm",
         type=at_least(0, float),
         metavar="N",
-        help="largest gradient norm of a step; larger ones are scaled down to it; 0: no clipping",
+        help="largest gradient norm of a step, to which larger ones are scaled down; 0 disables it",
     )
     recipe.add_argument(
         "--seed",
         type=at_least(0),
         default=42,
         metavar="S",
-        help="of initial weights, order and augmentation",
+        help="seed of the initial weights, the data order and the augmentation",
     )
-    parser.set_defaults(**{name: RECIPES["guide"][name] for name in FLAGS})
+    parser.set_defaults(**{name: PRETRAIN["guide"][name] for name in FLAGS})
     add_amp_flags(parser.add_argument_group("speed")).add_argument(
-        "--compile", action="store_true", help="torch.compile the network"
+        "--compile", action="store_true", help="compile the network with torch.compile"
     )
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -134,188 +152,290 @@ def make_parser() -> Parser:
         type=Path,
         default=Path("checkpoints"),
         metavar="DIR",
-        help="one run's checkpoints and log; one folder holds one run",
+        help="folder of this run's checkpoints and log; one folder per run",
     )
     files.add_argument(
         "--weights_dir",
         type=Path,
         default=Path("weights"),
         metavar="DIR",
-        help="where the final weights are written and found",
+        help="folder where the final weights are written, and where train.py finds them",
     )
     files.add_argument(
         "--resume",
         type=Path,
         metavar="FILE",
-        help="checkpoint to go on from, in its folder; 'auto': latest.pt of "
-        "--checkpoint_dir if there is one",
+        help="checkpoint to resume with its own settings; 'auto': latest.pt of --checkpoint_dir if "
+        "it exists, else a new run",
     )
     files.add_argument(
         "--overwrite",
         action="store_true",
-        help="start anew where a run lies: its files are set aside",
+        help="archive the run that is in --checkpoint_dir and start a new one",
     )
     files.add_argument(
         "--save_minutes",
         type=at_least(0, float),
         default=15,
         metavar="M",
-        help="time between checkpoints within an epoch",
+        help="minutes between checkpoints within an epoch",
     )
     add_tensorboard_flag(files)
     return parser
 
 
-def parse_args(argv: list[str] | None = None):
-    """The flags, and the checkpoint's state where the run is resumed, with its flags adopted."""
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
+    """The flags, with the recipe's defaults, and the names of those that were given."""
     parser = make_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
     for name in set(FLAGS) - given:
-        setattr(args, name, RECIPES[args.recipe][name])
+        setattr(args, name, PRETRAIN[args.recipe][name])
     if args.label_smoothing >= 1:
         raise UserError("--label_smoothing must be below 1")
     if args.resume and args.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite starts anew: give one of them")
+        raise UserError("--resume continues a run and --overwrite starts a new one: use only one")
     if args.resume == Path("auto"):
-        there = any((args.checkpoint_dir / name).exists() for name in (LATEST, PREVIOUS))
-        args.resume = args.checkpoint_dir / LATEST if there else None
-    if not args.resume:
-        return args, None
-    state, warning = load_checkpoint(args.resume)
-    if warning and int(os.environ.get("RANK", 0)) == 0:
-        print(warning, flush=True)
-    if "checkpoint_dir" not in given:
+        args.resume = args.checkpoint_dir / LATEST if has_checkpoint(args.checkpoint_dir) else None
+        given.add("resume")  # whatever was found: with the checkpoint's settings
+    elif args.resume and "checkpoint_dir" not in given:
         args.checkpoint_dir = args.resume.parent
-    adopt_flags(args, given, state)
-    return args, state
-
-
-def adopt_flags(args, given: set[str], state: dict) -> None:
-    """Take the run's flags from its checkpoint; UserError for a given one that contradicts it."""
-    config = state["config"]
-    # The first checkpoints name no recipe, and those of before clipping no clip_norm.
-    needed = {*RUN_FLAGS, "micro_batches"} - {"recipe", "clip_norm"}
-    if not isinstance(config, dict) or not config.keys() >= needed:
-        raise UserError(f"{args.resume} is no checkpoint of pretrain_imagenet.py")
-    config = state["config"] = {"recipe": "guide", **RECIPES["guide"], "clip_norm": 0, **config}
-    if args.amp is not None and args.amp != (config["precision"] != "fp32"):
-        raise UserError(
-            f"--{'amp' if args.amp else 'no_amp'} contradicts {args.resume}, which was "
-            f"made in {config['precision']}: leave the flag out"
-        )
-    for name in RUN_FLAGS:
-        if name not in given:
-            setattr(args, name, config[name])
-        elif name != "epochs" and getattr(args, name) != config[name]:
-            raise UserError(
-                f"--{name} {getattr(args, name)} contradicts {args.resume}, which was "
-                f"made with {config[name]}: leave the flag out, or start a new run in "
-                "another --checkpoint_dir"
-            )
-    if args.epochs < len(state["rows"]):
-        raise UserError(
-            f"--epochs {args.epochs} is less than the {len(state['rows'])} epochs that "
-            f"{args.resume} has trained"
-        )
+    if args.resume:
+        require_checkpoint(args.resume)
+    return args, given
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, state = parse_args(argv)
-    board = Board(args.checkpoint_dir, wanted=args.tensorboard)
+    # Flags.
+    args, given = parse_args(argv)
+    loggers = [TensorBoardLogger(args.checkpoint_dir)] if args.tensorboard else []
+
+    # Data.
     train, val, classes = load_imagenet(args.data_dir)
     spot_check(val)
-    folder = Folder(args.checkpoint_dir)
-    world = start_processes()
+
+    # Processes, and the run's folder.
+    context = init_distributed()
     stop = StopRequest()
-    config = make_config(args, state, world)
-    transform, augment = make_augmentation(
-        config, size=args.img_size, seed=args.seed, num_classes=len(classes)
-    )
-    if world.main:
-        claim(folder, args)
-    sampler = share_out(len(train), config, world)
-    digest = digest_of(classes, {"train": train})
-    if state:
+    run_dir = RunDir(args.checkpoint_dir)
+    if context.is_main:
+        prepare_checkpoint_dir(run_dir, args)
+    context.barrier()
+    with run_dir.recording_failure(active=context.is_main):
+        # A new run, or the state of the one to resume.
+        state, tensors = load_state(args, given, context)
+        state = state or TrainState(make_config(args, context), classes, len(train))
+        config = state.config
+        digest = digest_of(classes, {"train": train})
         check_same_data(state, args, classes, len(train), digest)
-        if state["step"] > args.epochs * sampler.steps_per_epoch:
-            raise UserError(
-                f"--epochs {args.epochs} is less than {args.resume} has trained: its "
-                f"epoch {len(state['rows']) + 1} has begun"
-            )
+        state.data_digest = digest
+        if context.is_main and tensors:
+            print_resumed(state, args)
+            adopt_best(state, args)
 
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, len(classes))
-    base_lr = args.lr
-    if config["lr_images"]:
-        base_lr = args.lr * sampler.global_batch / config["lr_images"]
-    trainer = make_trainer(config, model, world, augment, lr=base_lr)
-    progress = restore(trainer, state) if state else Progress()
-    if len(set(world.gather(progress.step))) > 1:  # one fell back, or a dying run saved in between
-        raise UserError(f"the ranks have read different states of {args.resume}: start them again")
-    if args.compile:
-        model.compile()
+        # Loaders.
+        sampler = make_sampler(len(train), config, context)
+        check_epochs(state, args, sampler)
+        transform, augment = make_augmentation(
+            config, size=args.img_size, seed=args.seed, num_classes=len(classes)
+        )
+        loading = {"workers": args.workers, "pin_memory": context.device.type == "cuda"}
+        val_loader = EvalLoader(
+            EvalSet(val, EvalTransform(args.img_size, config["test_resize"])),
+            batch_size=args.batch_size,
+            rank=context.rank,
+            world_size=context.world_size,
+            **loading,
+        )
+        train_loader = TrainLoader(TrainSet(train, transform, args.seed), sampler, **loading)
 
-    total = args.epochs * sampler.steps_per_epoch
-    warmup = warmup_steps(
-        args.warmup_epochs, steps_per_epoch=sampler.steps_per_epoch, total_steps=total
-    )
-    loading = {
-        "workers": min(args.workers, usable_cpus()),
-        "worker_init": ignore_stop_signals,
-        "pin_memory": world.device.type == "cuda",
-    }
-    if world.main:
-        announce(config, sampler, len(val), model, base_lr, total, warmup, loading["workers"])
-    val_batches, rounds = eval_batches(
-        EvalSet(val, EvalTransform(args.img_size, config["test_resize"])),
-        batch_size=args.batch_size,
-        rank=world.rank,
-        world=world.size,
-        **loading,
-    )
-    Run(
-        trainer,
-        progress,
-        folder,
-        stop,
-        steps_from=lambda first: train_steps(
-            TrainSet(train, transform, args.seed), sampler, first=first, last=total, **loading
-        ),
-        validate=lambda between: evaluate(
-            trainer, val_batches, normalise, rounds=rounds, name_of=val.file_name, between=between
-        )[0],
-        lr_of=make_schedule(config, base=base_lr, total_steps=total, warmup_steps=warmup),
-        epochs=args.epochs,
-        steps_per_epoch=sampler.steps_per_epoch,
-        name_of=train.file_name,
-        frozen={"config": config, "classes": classes, "images": len(train), "data": digest},
-        resume_with=resume_command(args, world),
-        follow=board,
-        save_seconds=60 * args.save_minutes,
-    ).fit()
-    if world.main:
-        export(args, config, model, progress.rows, classes)
-        folder.status("finished", epoch=args.epochs)
-    stop_processes()
+        # The network, and what trains it.
+        torch.manual_seed(args.seed)
+        model = build_model(args.model, len(classes))
+        lr = args.lr
+        if config["lr_images"]:
+            lr = args.lr * sampler.global_batch / config["lr_images"]
+        trainer = make_trainer(config, model, context, augment, lr=lr)
+        if tensors:
+            load_tensors(trainer, tensors)
+        if args.compile:
+            model.compile()
+        total_steps = args.epochs * sampler.steps_per_epoch
+        warmup_steps = count_warmup_steps(
+            args.warmup_epochs, steps_per_epoch=sampler.steps_per_epoch, total_steps=total_steps
+        )
+        schedule = {"base": lr, "total_steps": total_steps, "warmup_steps": warmup_steps}
+        if context.is_main:
+            print_run_summary(config, sampler, len(val), model, train_loader.workers, **schedule)
+
+        # Training.
+        TrainLoop(
+            trainer,
+            train_loader,
+            Evaluator(val_loader, context, config["precision"]),
+            lr_schedule=make_schedule(config, **schedule),
+            epochs=args.epochs,
+            run_dir=run_dir,
+            stop=stop,
+            resume_command=make_resume_command(args, context),
+            loggers=loggers,
+            extra_columns=lambda: read_gates(model),
+            save_seconds=60 * args.save_minutes,
+        ).fit(state)
+
+        # The weights.
+        if context.is_main:
+            export(args, state, model)
+            run_dir.write_status("finished", epoch=args.epochs)
+    shut_down_distributed()
 
 
-def resume_command(args, world: World) -> str:
+# ---------------------------------------------------------------- new runs and resumed ones
+
+
+def prepare_checkpoint_dir(run_dir: RunDir, args: argparse.Namespace) -> None:
+    """Lock the checkpoint folder; archive its run, or refuse it, unless it is the one to resume."""
+    run_dir.lock()
+    try:
+        args.weights_dir.mkdir(parents=True, exist_ok=True)  # fail early, not after twelve days
+    except OSError as error:
+        raise UserError(f"--weights_dir {args.weights_dir}: {error.strerror}") from error
+    if not run_dir.contains_run():
+        return
+    if args.overwrite:
+        run_dir.archive(run_dir.path / "overwritten")
+    elif args.resume and is_branch(args):
+        raise UserError(
+            f"{run_dir.path} already contains a run: --resume {args.resume} needs another "
+            "--checkpoint_dir, or --overwrite"
+        )
+    elif not args.resume and not has_checkpoint(run_dir.path):
+        best = run_dir.path / BEST
+        resume = f"resume it with --resume {best}, " if best.exists() else ""
+        raise UserError(
+            f"{run_dir.path} already contains a run, without {LATEST}: {resume}archive it with "
+            "--overwrite, or choose another --checkpoint_dir"
+        )
+
+
+def is_branch(args: argparse.Namespace) -> bool:
+    """Whether a checkpoint of one folder is resumed into another: that makes it another run."""
+    return args.resume.parent.resolve() != args.checkpoint_dir.resolve()
+
+
+def load_state(
+    args: argparse.Namespace, given: set[str], context: DistributedContext
+) -> tuple[TrainState | None, dict | None]:
+    """The state and tensors to resume from, with the run's flags put into args; or None.
+
+    Without --resume a run in the folder is resumed if all settings are the same.
+    """
+    path = args.resume
+    if path is None and has_checkpoint(args.checkpoint_dir):
+        path = args.checkpoint_dir / LATEST
+    states = context.gather(path is not None)
+    if path is None:
+        return None, None
+    state, tensors, warning = load_checkpoint(path)
+    if warning and context.is_main:
+        print(warning, flush=True)
+    if not isinstance(state.config, dict) or "micro_batches" not in state.config:
+        raise UserError(f"{path} is not a checkpoint of pretrain_imagenet.py")
+    if not all(states) or len(set(context.gather(state.step))) > 1:
+        # One rank fell back to the predecessor, or a dying run saved in between.
+        raise UserError(f"the ranks have read different states of {path}: start them again")
+    recorded, state.config = state.config, upgrade_pretrain_config(state.config)
+    restore_flags(args, given, recorded, state, path)
+    state.config["epochs"] = args.epochs
+    if args.resume and is_branch(args):
+        state.config["run"] = secrets.token_hex(8)
+    return state, tensors
+
+
+def restore_flags(
+    args: argparse.Namespace, given: set[str], recorded: dict, state: TrainState, path: Path
+) -> None:
+    """Put the run's own settings into args; UserError where the command line contradicts them.
+
+    With --resume only flags that were given can contradict. Without it the defaults count as
+    well, as far as the checkpoint has `recorded` them.
+    """
+    compared = given if "resume" in given else set(recorded)
+    differing = [
+        f"{name} {state.config[name]} → {getattr(args, name)}"
+        for name in RUN_FLAGS
+        if name in compared
+        and getattr(args, name) != state.config[name]
+        and not (name == "epochs" and "resume" in given)
+    ]
+    precision = state.config["precision"]
+    if args.amp is not None and args.amp != (precision != "fp32"):
+        differing.append(f"precision {precision} → {'mixed' if args.amp else 'fp32'}")
+    if differing and "resume" in given:
+        raise UserError(
+            f"{path} was made with other settings than the command line's "
+            f"({'; '.join(differing)}): leave these flags out, or start a new run in another "
+            "--checkpoint_dir"
+        )
+    if differing:
+        raise UserError(
+            f"{args.checkpoint_dir} already contains a run with other settings "
+            f"({'; '.join(differing)}): resume it with its own by --resume {path}, archive it with "
+            "--overwrite, or choose another --checkpoint_dir"
+        )
+    for name in RUN_FLAGS:
+        if not (name == "epochs" and "epochs" in given):
+            setattr(args, name, state.config[name])
+
+
+def check_epochs(state: TrainState, args: argparse.Namespace, sampler: StepSampler) -> None:
+    if state.step > args.epochs * sampler.steps_per_epoch:
+        raise UserError(
+            f"--epochs {args.epochs} is less than the run has trained: its epoch "
+            f"{state.epoch + 1} has begun"
+        )
+
+
+def check_same_data(state: TrainState, args, classes: list[str], num_images: int, digest) -> None:
+    """Raise UserError unless the training images are those of the run, by class and name."""
+    old = state.classes, state.num_images, state.data_digest or digest
+    if old != (classes, num_images, digest):
+        names = " of other names" if len(classes) == len(state.classes) else ""
+        raise UserError(
+            f"--data_dir {args.data_dir} has {len(classes)} classes and {num_images} training "
+            f"images; the run was trained on {len(state.classes)} classes and {state.num_images} "
+            f"images{names}: restore the files, or start a new run in another --checkpoint_dir"
+        )
+
+
+def print_resumed(state: TrainState, args: argparse.Namespace) -> None:
+    path = args.resume or args.checkpoint_dir / LATEST
+    if state.epoch >= args.epochs:
+        print(f"{path} has finished its {state.epoch} epochs: writing its outputs again")
+        return
+    print(f"resuming {path} in epoch {state.epoch + 1}, after step {state.step}", flush=True)
+
+
+def adopt_best(state: TrainState, args: argparse.Namespace) -> None:
+    """Give a run that is resumed into another folder the best.pt of its history."""
+    if not args.resume or not is_branch(args):
+        return
+    best = args.resume.with_name(BEST)
+    if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
+        replace_by_link(best, args.checkpoint_dir / BEST)
+
+
+def make_resume_command(args: argparse.Namespace, context: DistributedContext) -> str:
     words = ["python"]
-    if world.size > 1:
-        words = ["torchrun", f"--nproc_per_node={world.local_size}"]
-    if world.size > world.local_size:
+    if context.world_size > 1:
+        words = ["torchrun", f"--nproc_per_node={context.local_world_size}"]
+    if context.world_size > context.local_world_size:
         words += [
-            f"--nnodes={world.size // world.local_size}",
+            f"--nnodes={context.world_size // context.local_world_size}",
             "--rdzv_backend=c10d",
             "--rdzv_endpoint=HOST:PORT",
         ]
-    words += [
-        "pretrain_imagenet.py",
-        "--data_dir",
-        str(args.data_dir),
-        "--resume",
-        str(args.checkpoint_dir / LATEST),
-    ]
+    words += ["pretrain_imagenet.py", "--data_dir", str(args.data_dir)]
+    words += ["--resume", str(args.checkpoint_dir / LATEST)]
     parser = make_parser()
     for name in ("workers", "weights_dir", "save_minutes"):
         if getattr(args, name) != parser.get_default(name):
@@ -324,57 +444,68 @@ def resume_command(args, world: World) -> str:
     return shlex.join(words)
 
 
-def claim(folder: Folder, args) -> None:
-    """Lock the checkpoint folder; UserError where it holds a run that is not the one resumed."""
-    folder.lock()
-    try:
-        args.weights_dir.mkdir(parents=True, exist_ok=True)  # now, not after twelve days
-    except OSError as error:
-        raise UserError(f"--weights_dir {args.weights_dir}: {error.strerror}") from error
-    resumed_here = args.resume and args.resume.parent.resolve() == folder.path.resolve()
-    if resumed_here or not folder.holds_run():
-        return
-    if not args.overwrite:
-        raise UserError(
-            f"{folder.path} holds a run: --resume {folder.path / LATEST} goes on with "
-            "it, --overwrite sets it aside, another --checkpoint_dir leaves it alone"
-        )
-    aside = folder.set_aside(folder.path / "overwritten")
-    print(f"--overwrite: the run in {folder.path} now lies in {aside}", flush=True)
+# ---------------------------------------------------------------- parts of a run
 
 
-def make_config(args, state: dict | None, world: World) -> dict:
-    """What the checkpoint says of its run; of a run that begins, its flags and its processes."""
-    if state:
-        return {**state["config"], "epochs": args.epochs}
-    recipe = RECIPES[args.recipe]
-    micro_batches, left = world.size, 0
+def make_config(args: argparse.Namespace, context: DistributedContext) -> dict:
+    """The configuration of a new run: its recipe, flags, precision and number of micro-batches."""
+    recipe = PRETRAIN[args.recipe]
+    micro_batches, remainder = context.world_size, 0
     if recipe["global_batch"]:
-        micro_batches, left = divmod(recipe["global_batch"], args.batch_size)
-    if left or not micro_batches:
+        micro_batches, remainder = divmod(recipe["global_batch"], args.batch_size)
+    if remainder or not micro_batches:
         raise UserError(
-            f"--batch_size {args.batch_size} does not divide the "
-            f"{recipe['global_batch']} images of a step of --recipe {args.recipe}: use "
-            "one that does, such as 256"
+            f"--batch_size {args.batch_size} does not divide the {recipe['global_batch']} images "
+            f"per step of --recipe {args.recipe}: use one that does, such as 256"
         )
     return {
         **recipe,
         **{name: getattr(args, name) for name in RUN_FLAGS},
-        "precision": choose_precision(world.device, args.amp),
+        "precision": choose_precision(context.device, args.amp),
         "micro_batches": micro_batches,
         "run": secrets.token_hex(8),
     }
 
 
-def make_trainer(config: dict, model: torch.nn.Module, world: World, augment, *, lr: float):
-    """The network with the optimizer, the loss and the stochastic depth of its recipe."""
+def make_sampler(num_images: int, config: dict, context: DistributedContext) -> StepSampler:
+    """The data order; UserError where the ranks cannot share the run's micro-batches evenly."""
+    micro_batches, batch_size = config["micro_batches"], config["batch_size"]
+    if micro_batches % context.world_size:
+        smaller = ", or a smaller --batch_size" if config["global_batch"] else ""
+        raise UserError(
+            f"the run has {micro_batches} micro-batches of {batch_size} images per step, which "
+            f"{context.world_size} processes cannot share evenly: use a number of processes that "
+            f"divides {micro_batches}{smaller}"
+        )
+    if num_images < micro_batches:
+        larger = ", or a larger --batch_size" if config["global_batch"] else ""
+        raise UserError(
+            f"--data_dir has {num_images} training images, fewer than the {micro_batches} "
+            f"micro-batches per step: use fewer processes{larger}"
+        )
+    sampler = StepSampler(
+        num_images,
+        seed=config["seed"],
+        micro_batch=batch_size,
+        micro_batches=micro_batches,
+        rank=context.rank,
+        world_size=context.world_size,
+        repeats=config["repeats"],
+    )
+    check_batch_norm(sampler, batch_size, config["img_size"])
+    return sampler
+
+
+def make_trainer(
+    config: dict, model: torch.nn.Module, context: DistributedContext, augment, *, lr: float
+) -> Trainer:
+    """The network on its device, with the optimizer, loss and stochastic depth of its recipe."""
     set_stochastic_depth(model, config["stochastic_depth"])
-    model.to(world.device, memory_format=torch.channels_last)
-    make_optimizer = OPTIMIZERS[config["optimizer"]]
+    model.to(context.device, memory_format=torch.channels_last)
     return Trainer(
         model,
-        make_optimizer(model, lr=lr, weight_decay=config["weight_decay"]),
-        world,
+        make_optimizer(config, model, lr=lr),
+        context,
         config["precision"],
         augment,
         label_smoothing=config["label_smoothing"],
@@ -384,96 +515,61 @@ def make_trainer(config: dict, model: torch.nn.Module, world: World, augment, *,
     )
 
 
-def share_out(images: int, config: dict, world: World) -> StepSampler:
-    """The order of samples; UserError where the run's micro-batches cannot be shared evenly."""
-    micro_batches = config["micro_batches"]
-    if micro_batches % world.size:
-        raise UserError(
-            f"the run has {micro_batches} micro-batches of {config['batch_size']} a "
-            f"step, which {world.size} processes cannot share evenly: use a number of "
-            f"processes that divides {micro_batches}"
-            + (", or a smaller --batch_size" if config["global_batch"] else "")
-        )
-    if images < micro_batches:
-        raise UserError(
-            f"--data_dir has {images} training images, fewer than the {micro_batches} "
-            "micro-batches of a step: use fewer processes"
-            + (", or a larger --batch_size" if config["global_batch"] else "")
-        )
-    sampler = StepSampler(
-        images,
-        seed=config["seed"],
-        micro_batch=config["batch_size"],
-        micro_batches=micro_batches,
-        rank=world.rank,
-        world=world.size,
-        repeats=config["repeats"],
-    )
-    if sampler.micro_batch == 1 and config["img_size"] <= 32:
-        raise UserError(
-            "BatchNorm needs more than one value a channel: use a --batch_size above 1, "
-            "or an --img_size above 32"
-        )
-    return sampler
-
-
-def check_same_data(state: dict, args, classes: list[str], images: int, digest: str) -> None:
-    """UserError unless the training images are those of the checkpoint, by class and name."""
-    old = state["classes"], state["images"], state.get("data", digest)  # not in the first ones
-    if old != (classes, images, digest):
-        raise UserError(
-            f"--data_dir {args.data_dir} has {len(classes)} classes and {images} training images; "
-            f"{args.resume} was trained on {len(state['classes'])} classes and {state['images']} "
-            "images" + (" of other names" if len(classes) == len(state["classes"]) else "")
-        )
-
-
-def announce(config, sampler, val_images, model, base_lr, total, warmup, workers) -> None:
-    """Say what is about to happen, in the lines that one compares between runs."""
+def print_run_summary(
+    config: dict,
+    sampler: StepSampler,
+    num_val_images: int,
+    model: torch.nn.Module,
+    workers: int,
+    *,
+    base: float,
+    total_steps: int,
+    warmup_steps: int,
+) -> None:
+    """Print what is about to be trained, in lines that can be compared between runs."""
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{config['model']}: {parameters:,} parameters, {model.fc.out_features} classes, "
-        f"{sampler.images:,} training and {val_images:,} validation images"
+        f"{sampler.num_images:,} training and {num_val_images:,} validation images"
     )
-    print(
-        f"recipe {config['recipe']}: "
-        + in_words({name: config[name] for name in RECIPES[config["recipe"]]})
-    )
-    lr = f"lr {base_lr:g}"
+    values = {name: config[name] for name in PRETRAIN[config["recipe"]]}
+    print(f"recipe {config['recipe']}: {describe_recipe(values)}")
+    lr = f"lr {base:g}"
     if config["lr_images"]:
         lr += f" ({config['lr']:g} × {sampler.global_batch} / {config['lr_images']})"
     print(
         f"global batch {sampler.global_batch} ({sampler.micro_batches} × {sampler.micro_batch}), "
         f"{lr}, {config['epochs']} epochs of {sampler.steps_per_epoch} steps, "
-        f"{config['precision']}, {workers} workers a process"
+        f"{config['precision']}, {workers} workers per process"
     )
     if sampler.micro_batch < config["batch_size"]:
         print(
-            f"the training set is smaller than a batch of {config['batch_size']} a process: "
+            f"the training set is smaller than a batch of {config['batch_size']} per process: "
             f"each epoch is one step of {sampler.global_batch} images"
         )
-    if warmup < round(config["warmup_epochs"] * sampler.steps_per_epoch):
+    if warmup_steps < round(config["warmup_epochs"] * sampler.steps_per_epoch):
         print(
             f"--warmup_epochs {config['warmup_epochs']:g} is not shorter than the run: the "
-            f"warm-up is a tenth of it, {warmup} of {total} steps"
+            f"warm-up is a tenth of it, {warmup_steps} of {total_steps} steps"
         )
     print(end="", flush=True)
 
 
-def export(args, config: dict, model: torch.nn.Module, rows: list[dict], classes: list[str]):
+def export(args: argparse.Namespace, state: TrainState, model: torch.nn.Module) -> None:
     """Write the last epoch's weights into both folders."""
-    about = {
+    last = state.history[-1]
+    record = {
         "model": args.model,
-        "classes": len(classes),
-        "class_names": classes,
-        "epochs": len(rows),
-        "top1": rows[-1]["val_top1"],
-        "top5": rows[-1]["val_top5"],
+        "classes": len(state.classes),
+        "class_names": state.classes,
+        "epochs": state.epoch,
+        "top1": last["val_top1"],
+        "top5": last["val_top5"],
         "img_size": args.img_size,
-        "recipe": config,
+        "recipe": state.config,
         "seed": args.seed,
     }
-    write_weights(model, about, f"{args.model}_imagenet", [args.checkpoint_dir, args.weights_dir])
+    write_weights(model, record, f"{args.model}_imagenet", [args.checkpoint_dir, args.weights_dir])
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from sweeps.slurm import submit
 from sweeps.tables import write_tables
 from training.preemption import StopRequest
 from training.run_config import CONFIG, load_config, load_finished
-from training.run_dir import Folder
+from training.run_dir import RunDir
 
 OWN = {"fold": "--folds", "seed": "--seeds", "model": "--models"}
 ROOT = Path(__file__).resolve().parent
@@ -231,13 +231,12 @@ def look_at(plan: Plan, cell: Cell, overwrite: bool) -> None:
 
 def set_aside(run_dir: Path, cells: list[Cell]) -> None:
     """Move old runs to RUN_DIR/overwritten: all of them, or none where one is running."""
-    held = [Folder(cell.folder) for cell in cells if cell.folder.exists()]
+    held = [RunDir(cell.folder) for cell in cells if cell.folder.exists()]
     for folder in held:
         folder.lock()  # until this function ends
     for folder in held:
-        if folder.holds_run() or (folder.path / CONFIG).exists():
-            aside = folder.set_aside(run_dir / "overwritten" / folder.path.name)
-            print(f"--overwrite: the old run now lies in {aside}", flush=True)
+        if folder.contains_run():
+            folder.archive(run_dir / "overwritten" / folder.path.name)
 
 
 def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]:
@@ -271,7 +270,7 @@ def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]
     slots = make_slots(plan.cells, args.slots, args.gpus, cores=usable_cpus(), workers=plan.workers)
     LocalPool(
         slots,
-        stop=lambda: bool(stop),
+        stop=lambda: stop.requested,
         report=report,
         polled=line.show,
         is_done=lambda cell: results_of(cell) is not None,

@@ -3,9 +3,9 @@
   python train.py --data_dir data/dtd --dataset dtd --fold 1 --seed 42 --model twistnet18 \\
       --epochs 100 --run_dir runs/test
 
-The best validation epoch is tested. Writes RUN_DIR/<dataset>_fold<k>_<model>_seed<s>/ with
-config.json, log.jsonl, latest.pt, best.pt and, last of all, results.json. The same command again
-goes on with an interrupted run and leaves a finished one as it is.
+The epoch with the best validation accuracy is tested. Writes config.json, log.jsonl, latest.pt,
+best.pt and, at the end, results.json into RUN_DIR/<dataset>_fold<k>_<model>_seed<s>/. The same
+command again resumes an interrupted run and leaves a finished one as it is.
 """
 
 import argparse
@@ -15,29 +15,37 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
-from common.errors import UserError
+from common.errors import Preempted, UserError
 from common.files import write_json
-from common.processes import ignore_stop_signals, usable_cpus
+from common.processes import usable_cpus
 from data.cache import with_pixel_cache
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
-from data.loading import eval_batches, train_steps
-from data.sampling import StepSampler
+from data.loading import EvalLoader, TrainLoader
+from data.sampling import StepSampler, check_batch_norm
 from data.splits import Splits, fingerprint
 from data.textures import DATASETS, download_dtd, load_splits
-from data.transforms import EvalTransform, make_augmentation, normalise
+from data.transforms import EvalTransform, make_augmentation
 from models import MODELS, build_model
-from models.twistnet import TwistBlock
+from models.twistnet import read_gates
 from models.weights import load_pretrained, weights_identity
 from training import run_config
-from training.checkpoint import BEST, LATEST, PREVIOUS, load_checkpoint
-from training.distributed import World, start_processes
-from training.engine import Trainer, choose_precision, evaluate
-from training.loop import Progress, Run, restore
-from training.optim import lr_at, make_sgd, warmup_steps
+from training.checkpoint import (
+    BEST,
+    LATEST,
+    PREVIOUS,
+    TrainState,
+    has_checkpoint,
+    load_checkpoint,
+    load_tensors,
+)
+from training.distributed import DistributedContext, init_distributed
+from training.engine import EvalMetrics, Evaluator, Trainer, choose_precision
+from training.loop import TrainLoop
+from training.optim import count_warmup_steps, make_optimizer, make_schedule
 from training.preemption import StopRequest
+from training.recipes import FINETUNE
 from training.run_config import (
     CONFIG,
     RESULTS,
@@ -46,21 +54,10 @@ from training.run_config import (
     load_finished,
     run_name,
 )
-from training.run_dir import Folder, provenance
-from training.tensorboard import Board
+from training.run_dir import RunDir, provenance
+from training.tensorboard import TensorBoardLogger
 
-RECIPE = {
-    "momentum": 0.9,
-    "nesterov": True,
-    "weight_decay": 1e-4,
-    "warmup_epochs": 5,
-    "label_smoothing": 0.1,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "randaugment": [2, 9],
-    "crop_scale": [0.2, 1.0],
-    "clip_norm": 1.0,
-}
+MIN_EVAL_BATCH = 32  # images: small training batches need not make evaluations slow
 
 
 def make_parser() -> Parser:
@@ -71,7 +68,7 @@ def make_parser() -> Parser:
         type=Path,
         default=Path("data/dtd"),
         metavar="DIR",
-        help="where the dataset lies, see data/README.md",
+        help="folder of the dataset; data/README.md lists the layouts",
     )
     data.add_argument(
         "--dataset",
@@ -80,31 +77,33 @@ def make_parser() -> Parser:
         metavar="NAME",
         help=f"one of {', '.join(DATASETS)}",
     )
-    data.add_argument("--fold", type=at_least(1), default=1, metavar="K", help="which split")
+    data.add_argument(
+        "--fold", type=at_least(1), default=1, metavar="K", help="which of the dataset's splits"
+    )
     data.add_argument(
         "--num_folds",
         type=at_least(1),
         default=10,
         metavar="N",
-        help="of --dataset folder: how many reshuffles there are",
+        help="number of random splits of --dataset folder",
     )
     data.add_argument(
         "--download",
         action="store_true",
-        help="fetch DTD into --data_dir first, unless it is there",
+        help="download DTD into --data_dir first, unless it is there",
     )
     data.add_argument(
         "--workers",
         type=at_least(0),
         default=4,
         metavar="N",
-        help="loader processes, at most the CPUs there are",
+        help="loader workers, at most one per CPU core",
     )
     data.add_argument(
         "--no_cache",
         action="store_true",
-        help="decode the images in every epoch, instead of once for all runs into "
-        ".twistnet_cache beside them",
+        help="decode the images in every epoch instead of caching their pixels once for all runs "
+        "in .twistnet_cache beside them",
     )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
@@ -112,49 +111,65 @@ def make_parser() -> Parser:
         default="twistnet18",
         choices=MODELS,
         metavar="NAME",
-        help=f"one of {', '.join(MODELS)}",
+        help=f"network to train: {', '.join(MODELS)}",
     )
     recipe.add_argument(
         "--pretrained",
         default="auto",
         metavar="auto|none|PATH",
-        help="auto finds weights/<model>_imagenet.pt; none starts from scratch",
+        help="initial weights: auto finds weights/<model>_imagenet.pt, none trains from scratch",
     )
     recipe.add_argument(
         "--seed",
         type=at_least(0),
         default=42,
         metavar="S",
-        help="of the new layers, order and augmentation",
+        help="seed of the new layers, the data order and the augmentation",
     )
-    recipe.add_argument("--epochs", type=at_least(1), default=100, metavar="N", help="epochs")
     recipe.add_argument(
-        "--batch_size", type=at_least(1), default=32, metavar="B", help="images a step"
+        "--epochs", type=at_least(1), default=100, metavar="N", help="number of training epochs"
+    )
+    recipe.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        default=32,
+        metavar="B",
+        help="images per step; lower it if you run out of memory",
     )
     recipe.add_argument(
         "--lr",
         type=at_least(0, float),
         default=0.01,
         metavar="LR",
-        help="learning rate after the warm-up",
+        help="peak learning rate, after the warm-up",
     )
-    recipe.add_argument("--img_size", type=at_least(32), default=224, metavar="PX", help="crop")
+    recipe.add_argument(
+        "--img_size",
+        type=at_least(32),
+        default=224,
+        metavar="PX",
+        help="side of the crop, in pixels",
+    )
     add_amp_flags(parser.add_argument_group("speed"))
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--run_dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of run folders"
+        "--run_dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="folder in which this run gets a folder of its own",
     )
     files.add_argument(
         "--overwrite",
         action="store_true",
-        help="start anew where a run lies: its files move to RUN_DIR/overwritten",
+        help="archive an existing run in RUN_DIR/overwritten and start a new one",
     )
     files.add_argument(
         "--save_minutes",
         type=at_least(0, float),
         default=15,
         metavar="M",
-        help="time between checkpoints within an epoch",
+        help="minutes between checkpoints within an epoch",
     )
     add_tensorboard_flag(files)
     return parser
@@ -164,10 +179,129 @@ def run_folder(args: argparse.Namespace) -> Path:
     return args.run_dir / run_name(args.dataset, args.fold, args.model, args.seed)
 
 
+def main(argv: list[str] | None = None) -> None:
+    # Flags.
+    args = make_parser().parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UserError(
+            "train.py is one process per run: start it with python instead of torchrun, and many "
+            "runs with run_all.py"
+        )
+    loggers = [TensorBoardLogger(run_folder(args))] if args.tensorboard else []
+
+    # Data.
+    splits = load_data(args)
+
+    # The process, and the run's folder.
+    context = init_distributed()
+    config = make_config(args, splits, context.device)
+    stop = StopRequest()
+    run_dir = RunDir(run_folder(args))
+    run_dir.lock()
+    if args.overwrite and run_dir.contains_run():
+        run_dir.archive(args.run_dir / "overwritten" / run_dir.path.name)
+    results = load_finished(run_dir.path, config)
+    if results:
+        print(
+            f"{run_dir.path} is finished: val_acc {results['val_acc']:.1f}, test_acc "
+            f"{results['test_acc']:.1f}"
+        )
+        return
+    with run_dir.recording_failure():
+        # A new run, or the state of the one to resume.
+        state, tensors = load_state(run_dir.path, config)
+        state = state or TrainState(config, splits.classes, len(splits.train))
+
+        # Loaders.
+        if not args.no_cache:
+            splits = with_pixel_cache(
+                splits,
+                workers=min(args.workers, usable_cpus()),
+                stop=lambda: stop.requested,
+            )
+        spot_check(splits.val)
+        spot_check(splits.test)
+        sampler = StepSampler(
+            len(splits.train), seed=args.seed, micro_batch=args.batch_size, micro_batches=1
+        )
+        check_batch_norm(sampler, args.batch_size, args.img_size)
+        transform, augment = make_augmentation(
+            FINETUNE, size=args.img_size, seed=args.seed, num_classes=len(splits.classes)
+        )
+        loading = {"workers": args.workers, "pin_memory": context.device.type == "cuda"}
+        evaluators = {
+            name: make_evaluator(getattr(splits, name), args, context, config, loading)
+            for name in ("val", "test")
+        }
+        train_set = TrainSet(splits.train, transform, args.seed)
+        train_loader = TrainLoader(train_set, sampler, **loading)
+
+        # The network, and what trains it.
+        torch.manual_seed(args.seed)
+        model = build_model(args.model, len(splits.classes))
+        if not tensors:
+            state.weights = load_pretrained(model, args.model, args.pretrained)
+        model.to(context.device, memory_format=torch.channels_last)
+        trainer = Trainer(
+            model,
+            make_optimizer(FINETUNE, model, lr=args.lr),
+            context,
+            config["precision"],
+            augment,
+            label_smoothing=FINETUNE["label_smoothing"],
+            clip_norm=FINETUNE["clip_norm"],
+        )
+        if tensors:
+            load_tensors(trainer, tensors)
+        total_steps = args.epochs * sampler.steps_per_epoch
+        warmup_steps = count_warmup_steps(
+            FINETUNE["warmup_epochs"],
+            steps_per_epoch=sampler.steps_per_epoch,
+            total_steps=total_steps,
+        )
+
+        # Training.
+        write_json(run_dir.path / CONFIG, config)
+        resume_command = shlex.join(["python", *(w for w in sys.argv if w != "--overwrite")])
+        TrainLoop(
+            trainer,
+            train_loader,
+            evaluators["val"],
+            lr_schedule=make_schedule(
+                FINETUNE, base=args.lr, total_steps=total_steps, warmup_steps=warmup_steps
+            ),
+            epochs=args.epochs,
+            run_dir=run_dir,
+            stop=stop,
+            resume_command=resume_command,
+            loggers=loggers,
+            extra_columns=lambda: read_gates(model),
+            save_seconds=60 * args.save_minutes,
+        ).fit(state)
+
+        # The test, of the best epoch.
+        leave_if_requested(stop, run_dir, resume_command)
+        load_tensors(trainer, load_best(run_dir.path, state))
+        metrics = evaluators["test"].run(model)
+        results = make_results(args, config, splits, state, model, metrics)
+        write_json(run_dir.path / RESULTS, results)
+        run_dir.write_status("finished", epoch=args.epochs)
+    (run_dir.path / PREVIOUS).unlink(missing_ok=True)  # a sweep has many runs
+    print(
+        f"test_acc {results['test_acc']:.1f} ({metrics.top1} of {metrics.num_images}) from epoch "
+        f"{results['best_epoch']}, val_acc {results['val_acc']:.1f}: {run_dir.path / RESULTS}"
+    )
+
+
+# ---------------------------------------------------------------- parts of a run
+
+
 def load_data(args: argparse.Namespace) -> Splits:
     if args.download:
         if args.dataset != "dtd":
-            raise UserError(f"--download fetches dtd only, not {args.dataset}: see data/README.md")
+            raise UserError(
+                f"--download is only for dtd, not for {args.dataset}: see data/README.md"
+            )
         download_dtd(args.data_dir)
     return load_splits(args.dataset, args.data_dir, args.fold, num_folds=args.num_folds)
 
@@ -191,197 +325,105 @@ def make_config(args: argparse.Namespace, splits: Splits, device: torch.device) 
         lr=args.lr,
         img_size=args.img_size,
         precision=precision,
-        recipe=RECIPE,
+        recipe=FINETUNE,
         data=fingerprint(splits),
         weights=weights_identity(args.model, args.pretrained),
         data_dir=args.data_dir,
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+def load_state(folder: Path, config: dict) -> tuple[TrainState | None, dict | None]:
+    """The state and tensors of an interrupted run of this configuration, or None."""
+    if not has_checkpoint(folder):
+        return None, None
+    state, tensors, warning = load_checkpoint(folder / LATEST)
+    check_same_config(folder, state.config, config)
+    if warning:
+        print(warning, flush=True)
+    if state.best_epoch and not (folder / BEST).exists():
         raise UserError(
-            "train.py is one process a run: start it with python, not torchrun, and "
-            "many runs with run_all.py"
+            f"{folder / BEST}, the checkpoint of the best epoch {state.best_epoch}, is missing: "
+            "start again with --overwrite"
         )
-    board = Board(run_folder(args), wanted=args.tensorboard)
-    splits = load_data(args)
-    world = start_processes()
-    config = make_config(args, splits, world.device)
-    folder = Folder(run_folder(args))
-    stop = StopRequest()
-    folder.lock()
-    if args.overwrite and (folder.holds_run() or (folder.path / CONFIG).exists()):
-        aside = folder.set_aside(args.run_dir / "overwritten" / folder.path.name)
-        print(f"--overwrite: the old run now lies in {aside}", flush=True)
-    results = load_finished(folder.path, config)
-    if results:
-        print(
-            f"{folder.path} is finished: val_acc {results['val_acc']:.1f}, test_acc "
-            f"{results['test_acc']:.1f}"
-        )
-        return
-    if not args.no_cache:
-        splits = with_pixel_cache(
-            splits, workers=min(args.workers, usable_cpus()), stop=lambda: bool(stop)
-        )
-    spot_check(splits.val)
-    spot_check(splits.test)
-    state = load_started(folder.path, config)
-    torch.manual_seed(args.seed)
-    model = build_model(args.model, len(splits.classes))
-    weights = state["weights"] if state else load_pretrained(model, args.model, args.pretrained)
-    the_run, test = make_run(args, config, splits, model, folder=folder, world=world, stop=stop)
-    the_run.frozen["weights"] = weights
-    the_run.follow = board
-    if state:
-        the_run.progress = restore(the_run.trainer, state)
-    write_json(folder.path / CONFIG, config)
-    the_run.fit()
+    print(f"resuming {folder / LATEST} in epoch {state.epoch + 1}, after step {state.step}")
+    return state, tensors
 
-    best, _ = load_checkpoint(folder.path / BEST)
-    if len(best["rows"]) != the_run.progress.best["epoch"]:
+
+def make_evaluator(
+    source: ImageFiles,
+    args: argparse.Namespace,
+    context: DistributedContext,
+    config: dict,
+    loading: dict,
+) -> Evaluator:
+    loader = EvalLoader(
+        EvalSet(source, EvalTransform(args.img_size)),
+        batch_size=max(args.batch_size, MIN_EVAL_BATCH),
+        **loading,
+    )
+    return Evaluator(loader, context, config["precision"])
+
+
+def leave_if_requested(stop: StopRequest, run_dir: RunDir, resume_command: str) -> None:
+    """Leave before the test, if asked to; the finished epochs are saved."""
+    if stop.requested:
+        message = f"preempted before the test, resume with: {resume_command}"
+        run_dir.write_status("preempted", message=message, resume=resume_command)
+        raise Preempted(message)
+
+
+def load_best(folder: Path, state: TrainState) -> dict:
+    """The tensors of best.pt, which must be the best epoch that the log names."""
+    best, tensors, _ = load_checkpoint(folder / BEST)
+    if best.epoch != state.best_epoch:
         raise UserError(
-            f"{folder.path / BEST} is not the run's best epoch, "
-            f"{the_run.progress.best['epoch']}: --overwrite starts anew"
+            f"{folder / BEST} is not of the best epoch, {state.best_epoch}: start again with "
+            "--overwrite"
         )
-    restore(the_run.trainer, best)
-    score, predictions = test(the_run.check_stop)
-    if score.unreadable:
+    return tensors
+
+
+def make_results(
+    args: argparse.Namespace,
+    config: dict,
+    splits: Splits,
+    state: TrainState,
+    model: torch.nn.Module,
+    metrics: EvalMetrics,
+) -> dict:
+    """results.json: everything that a table, or a reader who doubts it, needs of this run."""
+    if metrics.unreadable:
         raise UserError(
-            "test images cannot be read, and are never left out: restore them, then "
-            f"run the same command: {', '.join(score.unreadable)}"
+            "test images cannot be decoded, and the test uses every image: restore the files and "
+            f"run the same command again: {', '.join(metrics.unreadable)}"
         )
-    results = make_results(args, config, splits, the_run, weights, score, predictions)
-    write_json(folder.path / RESULTS, results)
-    folder.status("finished", epoch=args.epochs)
-    (folder.path / PREVIOUS).unlink(missing_ok=True)  # a sweep has many runs
-    print(
-        f"test_acc {results['test_acc']:.1f} ({score.top1} of {score.images}) from epoch "
-        f"{results['best_epoch']}, val_acc {results['val_acc']:.1f}: {folder.path / RESULTS}"
-    )
-
-
-def load_started(folder: Path, config: dict) -> dict | None:
-    """The checkpoint of an interrupted run, if there is one."""
-    if not any((folder / name).exists() for name in (LATEST, PREVIOUS)):
-        return None
-    state, warning = load_checkpoint(folder / LATEST)
-    check_same_config(folder, state["config"], config)
-    print(warning or f"going on with {folder / LATEST}", flush=True)
-    return state
-
-
-def make_run(args, config: dict, splits: Splits, model: nn.Module, *, folder, world: World, stop):
-    """The run, and what scores the test set."""
-    num_classes = len(splits.classes)
-    model.to(world.device, memory_format=torch.channels_last)
-    transform, augment = make_augmentation(
-        RECIPE, size=args.img_size, seed=args.seed, num_classes=num_classes
-    )
-    trainer = Trainer(
-        model,
-        make_sgd(model, lr=args.lr, weight_decay=RECIPE["weight_decay"]),
-        world,
-        config["precision"],
-        augment,
-        label_smoothing=RECIPE["label_smoothing"],
-        clip_norm=RECIPE["clip_norm"],
-    )
-
-    sampler = StepSampler(
-        len(splits.train), seed=args.seed, micro_batch=args.batch_size, micro_batches=1
-    )
-    if sampler.micro_batch == 1 and args.img_size <= 32:
-        raise UserError(
-            "BatchNorm needs more than one value a channel: use a --batch_size above 1, "
-            "or an --img_size above 32"
-        )
-    total = args.epochs * sampler.steps_per_epoch
-    warmup = warmup_steps(
-        RECIPE["warmup_epochs"], steps_per_epoch=sampler.steps_per_epoch, total_steps=total
-    )
-    loading = {
-        "workers": min(args.workers, usable_cpus()),
-        "worker_init": ignore_stop_signals,
-        "pin_memory": world.device.type == "cuda",
-    }
-
-    def scorer(source: ImageFiles):
-        batches, rounds = eval_batches(
-            EvalSet(source, EvalTransform(args.img_size)),
-            batch_size=max(args.batch_size, 32),
-            **loading,
-        )
-        return lambda between: evaluate(
-            trainer, batches, normalise, rounds=rounds, name_of=source.file_name, between=between
-        )
-
-    validate = scorer(splits.val)
-    return Run(
-        trainer,
-        Progress(),
-        folder,
-        stop,
-        steps_from=lambda first: train_steps(
-            TrainSet(splits.train, transform, args.seed),
-            sampler,
-            first=first,
-            last=total,
-            **loading,
-        ),
-        validate=lambda between: validate(between)[0],
-        lr_of=lambda step: lr_at(step, base=args.lr, total_steps=total, warmup_steps=warmup),
-        epochs=args.epochs,
-        steps_per_epoch=sampler.steps_per_epoch,
-        name_of=splits.train.file_name,
-        frozen={"config": config, "classes": splits.classes, "images": len(splits.train)},
-        resume_with=shlex.join(["python", *(w for w in sys.argv if w != "--overwrite")]),
-        extra_row=lambda: gates(model),
-        save_seconds=60 * args.save_minutes,
-    ), scorer(splits.test)
-
-
-def gates(model: nn.Module) -> dict:
-    """How far each TwistBlock's gate is open, for the log; nothing for other networks."""
-    opened = [
-        torch.sigmoid(block.gate).item()
-        for block in model.modules()
-        if isinstance(block, TwistBlock)
-    ]
-    return {"gates": opened} if opened else {}
-
-
-def make_results(args, config, splits, the_run: Run, weights, score, predictions) -> dict:
-    """results.json: what a table, and a doubtful reader, need of this run."""
-    best, test = the_run.progress.best, splits.test
-    place = os.path.relpath(splits.root, args.data_dir)
-    order = predictions[:, 0].argsort()
-    labels, predicted = torch.from_numpy(test.labels), predictions[order, 1]
+    # Predictions, and counts of true class × predicted class.
+    labels, predictions = torch.from_numpy(splits.test.labels), metrics.predictions
     n = len(splits.classes)
-    confusion = torch.bincount(labels * n + predicted, minlength=n * n).reshape(n, n)
+    confusion = torch.bincount(labels * n + predictions, minlength=n * n).reshape(n, n)
+
+    # Test files relative to --data_dir, so that they are found where the data is moved to.
+    place = os.path.relpath(splits.root, args.data_dir)
+    names = [os.fsdecode(name) for name in splits.test.files.tolist()]
     return {
         **{name: config[name] for name in ("model", "dataset", "fold", "seed", "epochs")},
-        "best_epoch": best["epoch"],
-        "val_acc": best["val_top1"],
-        "test_acc": 100 * score.top1 / score.images,
-        "val_correct": round(best["val_top1"] * len(splits.val) / 100),
+        "best_epoch": state.best["epoch"],
+        "val_acc": state.best["val_top1"],
+        "test_acc": 100 * metrics.top1 / metrics.num_images,
+        "val_correct": round(state.best["val_top1"] * len(splits.val) / 100),
         "val_images": len(splits.val),
-        "test_correct": score.top1,
-        "test_images": score.images,
+        "test_correct": metrics.top1,
+        "test_images": metrics.num_images,
         "train_images": len(splits.train),
         "classes": splits.classes,
         "confusion": confusion.tolist(),
         "test_labels": labels.tolist(),
-        "test_predictions": predicted.tolist(),
-        "test_files": [
-            os.path.normpath(os.path.join(place, os.fsdecode(name))) for name in test.files.tolist()
-        ],
+        "test_predictions": predictions.tolist(),
+        "test_files": [os.path.normpath(os.path.join(place, name)) for name in names],
         "settings": {name: value for name, value in config.items() if name != "weights"},
-        "weights": weights,
-        "parameters": sum(p.numel() for p in the_run.trainer.model.parameters()),
-        "seconds": sum(row["seconds"] for row in the_run.progress.rows),
+        "weights": state.weights,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": sum(row["seconds"] for row in state.history),
         **provenance(),
     }
 

@@ -1,9 +1,11 @@
 """What all command lines share: spelling of flags, one-line errors, exit codes."""
 
 import argparse
+import errno
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -91,7 +93,7 @@ def add_amp_flags(group) -> argparse._ArgumentGroup:
         dest="amp",
         action="store_false",
         default=None,
-        help="float32 throughout",
+        help="float32 throughout, without TF32",
     )
     return group
 
@@ -114,7 +116,7 @@ def run(main: Callable[[], None]) -> None:
     Exit codes: 0 done, 1 failed (divergence, out of memory), 2 bad input, 3 busy, 75 preempted
     and resumable, 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal in Latin-1 must not end a run
+    for stream in (sys.stdout, sys.stderr):  # a terminal in Latin-1 must not end a program
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -129,9 +131,53 @@ def run(main: Callable[[], None]) -> None:
             raise
         line, code = explained
         _print_error(line)
+        if code == EXIT_USAGE or isinstance(error, Diverged) or "out of memory" in line:
+            _stop_torchrun()
     finally:
         _kill_workers()
     sys.exit(code)
+
+
+def ignore_closed_output() -> None:
+    """Keep a program running when the terminal or pipe that its output goes to is closed."""
+    sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
+
+
+class _Unbreakable:
+    """A text stream that writes to nowhere once its reader has gone."""
+
+    def __init__(self, stream):
+        self._stream = stream._stream if isinstance(stream, _Unbreakable) else stream
+
+    def write(self, text: str) -> int:
+        return self._guard(self._stream.write, text) or 0
+
+    def flush(self) -> None:
+        self._guard(self._stream.flush)
+
+    def _guard(self, operation, *args):
+        try:
+            return operation(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal was closed
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
+# What libraries say when the machine is at one of its limits, and what the user can do.
+_LIMITS = {
+    "unable to allocate shared memory|unable to open shared memory|bus error|bytes in /dev/shm|"
+    "insufficient shared memory": "the loader workers ran out of shared memory (/dev/shm): start "
+    "the container with a larger --shm-size or --ipc=host, or use fewer --workers",
+    "too many open files|received 0 items of ancdata": "the limit of open files is too low for the "
+    "loader workers: raise it with ulimit -n, or use fewer --workers",
+    "dataloader worker .*(killed|exited unexpectedly|aborted)": "a loader worker was killed, most "
+    "likely for want of memory: use fewer --workers, or a machine with more memory",
+}
+_OUT_OF_MEMORY = "out of memory|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED"
 
 
 def _explain(error: BaseException) -> tuple[str, int] | None:
@@ -147,10 +193,16 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
         return text, EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
-    if type(error).__name__ == "OutOfMemoryError":  # torch's: this module does not import torch
-        detail = text.splitlines()[0] if text else ""
-        return f"error: CUDA out of memory: use a smaller --batch_size ({detail})", EXIT_FAILED
-    if isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text):
+    if not isinstance(error, (OSError, RuntimeError, MemoryError)):
+        return None
+    # torch's errors are RuntimeErrors that only their texts tell apart.
+    for pattern, advice in _LIMITS.items():
+        if re.search(pattern, text, re.IGNORECASE | re.DOTALL):
+            return f"error: {advice}", EXIT_FAILED
+    if re.search(_OUT_OF_MEMORY, text) or isinstance(error, MemoryError):
+        detail = text.splitlines()[0] if text else "MemoryError"
+        return f"error: out of memory: use a smaller --batch_size ({detail})", EXIT_FAILED
+    if _is_lost_rank(error):
         return (
             "error: another rank has died: resume from latest.pt, as torchrun --max_restarts "
             "does with --resume auto",
@@ -161,14 +213,25 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def _is_lost_rank(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text)
+
+
 def _print_error(line: str) -> None:
-    rank = int(os.environ.get("RANK") or 0)
-    if rank:
+    rank = os.environ.get("RANK") or "0"
+    if rank != "0":
         # Ranks mostly fail alike, and torchrun ends the others as soon as one is gone: a rank
         # other than 0 speaks only if it was alone with its error.
         time.sleep(3)
         line = f"rank {rank}: {line}"
     print(" ".join(line.split()), file=sys.stderr, flush=True)
+
+
+def _stop_torchrun() -> None:
+    """End torchrun after an error that every restart would meet again (--max_restarts)."""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0:
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _kill_workers() -> None:

@@ -1,68 +1,129 @@
-"""DataLoaders over the two datasets: this rank's steps of training, its share of evaluation."""
+"""Loaders: this rank's micro-batches of each training step, and its share of an evaluation."""
 
-from collections.abc import Callable, Iterator
+import itertools
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from common.errors import UserError
+from common.processes import ignore_stop_signals, usable_cpus
 from data.images import EvalSet, Sample, TrainSet, collate
 from data.sampling import StepSampler
+from data.transforms import normalise
+
+SHARED_MEMORY = Path("/dev/shm")  # through which Linux passes batches between processes
+FILES_PER_WORKER = 32  # open files: pipes, and one per tensor on its way
 
 
-def train_steps(
-    dataset: TrainSet,
-    sampler: StepSampler,
-    *,
-    first: int,
-    last: int,
-    workers: int,
-    pin_memory: bool,
-    worker_init: Callable[[int], None] | None = None,
-) -> Iterator[list[Sample]]:
-    """This rank's micro-batches of each global step from `first` to before `last`.
+class TrainLoader:
+    """Batches of augmented images for training, the same for any number of workers."""
 
-    One iterator for the whole run: the workers go on loading while a validation takes place.
+    def __init__(
+        self, dataset: TrainSet, sampler: StepSampler, *, workers: int, pin_memory: bool = False
+    ):
+        self.dataset, self.sampler = dataset, sampler
+        self.steps_per_epoch = sampler.steps_per_epoch
+        self.workers, self.pin_memory = min(workers, usable_cpus()), pin_memory
+
+    def file_name(self, index: int) -> str:
+        return self.dataset.source.file_name(index)
+
+    def steps(self, first: int, last: int) -> Iterator[list[Sample]]:
+        """Yield this rank's micro-batches of each global step from `first` to before `last`.
+
+        Use one iterator for the whole run: its workers keep loading during a validation.
+        """
+        self.sampler.first_step, self.sampler.last_step = first, last
+        check_worker_limits(self.workers)
+        batches = iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=self.sampler,
+                num_workers=self.workers,
+                collate_fn=collate,
+                pin_memory=self.pin_memory,
+                worker_init_fn=ignore_stop_signals,
+            )
+        )
+        micro_batches_per_rank = self.sampler.micro_batches // self.sampler.world_size
+        while step := list(itertools.islice(batches, micro_batches_per_rank)):
+            yield step
+
+
+class EvalLoader:
+    """This rank's batches of an evaluation set; all ranks together see every image once.
+
+    The set is cut into batches before they are dealt to the ranks. An image is thus in the same
+    batch, with the same rounding, on any number of ranks. Ranks may have different numbers of
+    batches, and no image is repeated to even them out.
     """
-    sampler.first_step, sampler.last_step = first, last
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=worker_init,
-    )
-    share = [iter(loader)] * (sampler.micro_batches // sampler.world)
-    return map(list, zip(*share, strict=True))  # the one iterator, taken by so many at a time
+
+    def __init__(
+        self,
+        dataset: EvalSet,
+        *,
+        batch_size: int,
+        workers: int,
+        pin_memory: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.dataset = dataset
+        workers = min(workers, usable_cpus())
+        check_worker_limits(workers)
+        batches: list[range] = []
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=ignore_stop_signals,
+        )
+        # Start the workers now, while this process is small and there is nothing to load yet.
+        # Forked later, they would cost a copy of every page of activations that training touches.
+        iter(self.loader)
+        cut = [
+            range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)
+        ]
+        batches += cut[rank::world_size]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.loader)
+
+    def file_name(self, index: int) -> str:
+        return self.dataset.source.file_name(index)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images on any device to the network's input, see data.transforms.normalise."""
+        return normalise(images)
 
 
-def eval_batches(
-    dataset: EvalSet,
-    *,
-    batch_size: int,
-    workers: int,
-    pin_memory: bool,
-    rank: int = 0,
-    world: int = 1,
-    worker_init: Callable[[int], None] | None = None,
-) -> tuple[DataLoader, int]:
-    """Every world-th batch of a fixed cut into batches, and the most batches any rank has.
-
-    No image is seen twice and none left out. The cut does not depend on the number of ranks, so
-    that each image is scored in the same batch, with the same rounding, on any number of them.
-    """
-    n, share = len(dataset), []
-    cut = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
-    loader = DataLoader(
-        dataset,
-        batch_sampler=share,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        worker_init_fn=worker_init,
-    )
-    # The workers are forked now, with nothing to load yet: later, each page of the activations
-    # that this process has by then would be copied once more, when it is next written to.
-    iter(loader)
-    share += cut[rank::world]
-    return loader, -(-len(cut) // world)
+def check_worker_limits(workers: int) -> None:
+    """Raise UserError where the machine's limits are too low for this many loader workers."""
+    if workers == 0:
+        return
+    # Open files: raise the soft limit as far as it is needed and allowed.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 64 + FILES_PER_WORKER * workers
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"{workers} loader workers need about {needed} open files and the limit is {hard}: "
+                f"raise it with ulimit -n {needed}, or use fewer --workers (0 needs none)"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    # Shared memory: a worker that runs out of it is killed without a word.
+    if SHARED_MEMORY.is_dir():
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < workers * 2**20:
+            raise UserError(
+                f"{SHARED_MEMORY} has {free / 2**20:.1f} MB free, too little for {workers} loader "
+                "workers: start the container with a larger --shm-size (or --ipc=host), or use "
+                "--workers 0"
+            )

@@ -138,4 +138,6 @@ def unit(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares leave the range of float16
     norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)  # [B, 4, 1, H, W]
     unit = x / norm.clamp_min(EPS)
-    return torch.where(norm > EPS, unit, unit.detach())
+    # torch.where's result and gradient take the memory layout of the condition: give it x's.
+    is_above = torch.empty_like(x, dtype=torch.bool).copy_(norm > EPS)
+    return torch.where(is_above, unit, unit.detach())

@@ -75,3 +75,9 @@ def twistnet18_no_ais(num_classes: int) -> TwistNet:
 
 def twistnet18_first_order(num_classes: int) -> TwistNet:
     return TwistNet(num_classes, second_order=False)
+
+
+def read_gates(model: nn.Module) -> dict[str, list[float]]:
+    """sigmoid(gate) of each TwistBlock, as a column of the log; empty for other networks."""
+    blocks = [module for module in model.modules() if isinstance(module, TwistBlock)]
+    return {"gates": [torch.sigmoid(block.gate).item() for block in blocks]} if blocks else {}

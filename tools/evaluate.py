@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from common.cli import Parser, add_amp_flags, at_least, run
 from common.errors import UserError
 from common.files import read_json
-from common.processes import usable_cpus
 from data.imagenet import Source, list_tree, load_imagenet
 from data.images import EvalSet, spot_check
-from data.loading import eval_batches
+from data.loading import EvalLoader
 from data.splits import fingerprint
 from data.textures import DATASETS, load_splits
-from data.transforms import normalise, trained_transform
+from data.transforms import trained_transform
 from models.weights import load_trained
-from training.distributed import World
-from training.engine import PRECISIONS, Score, Trainer, choose_precision, evaluate
+from training.distributed import DistributedContext
+from training.engine import PRECISIONS, EvalMetrics, choose_precision, evaluate
 
 
 class FlipAverage(nn.Module):
@@ -132,12 +131,12 @@ def main(argv: list[str] | None = None) -> None:
     score = test(FlipAverage(model) if args.flip else model, source, transform, args)
     ours = {"top-1": score.top1, "top-5": score.top5}
     for name, count in ours.items():
-        print(f"{name} {100 * count / score.images:.2f} % ({count:,} of {score.images:,})")
+        print(f"{name} {100 * count / score.num_images:.2f} % ({count:,} of {score.num_images:,})")
     place, percents = recorded(args, about, trained)
     if not percents:
         print("nothing is recorded of these images beside the file")
     for name, percent in percents.items():
-        print(f"{place}: {name} {percent:.2f} %" + verdict(percent, ours[name], score.images))
+        print(f"{place}: {name} {percent:.2f} %" + verdict(percent, ours[name], score.num_images))
 
 
 def check_sha256(path: Path, found: str) -> None:
@@ -222,19 +221,18 @@ def check_classes(about: dict, classes: list[str], data_dir: Path) -> None:
         )
 
 
-def test(model: nn.Module, source: Source, transform, args) -> Score:
+def test(model: nn.Module, source: Source, transform, args) -> EvalMetrics:
     """Score every image once, by the code that validates in training."""
     spot_check(source)
     model.to(args.device, memory_format=torch.channels_last)
-    batches, rounds = eval_batches(
+    loader = EvalLoader(
         EvalSet(source, transform),
         batch_size=args.batch_size,
-        workers=min(args.workers, usable_cpus()),
+        workers=args.workers,
         pin_memory=args.device.type == "cuda",
     )
-    # evaluation uses neither optimizer nor augmentation
-    trainer = Trainer(model, None, World(0, 1, 0, 1, args.device), args.precision, augment=None)
-    score, _ = evaluate(trainer, batches, normalise, rounds=rounds, name_of=source.file_name)
+    context = DistributedContext(device=args.device)
+    score = evaluate(model, loader, context=context, precision=args.precision)
     if score.unreadable:
         raise UserError(
             f"{len(score.unreadable)} images cannot be read, and are never left out: "

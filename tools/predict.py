@@ -19,9 +19,8 @@ import torch
 from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.files import check_outputs, printable, write_atomic
-from common.processes import usable_cpus
 from data.images import EvalSet, ImageFiles, read_rgb
-from data.loading import eval_batches
+from data.loading import EvalLoader
 from data.transforms import EvalTransform, normalise, trained_transform
 from models.weights import load_trained
 from tools.find_images import check_exists, describe_ignored_files, find_images
@@ -141,13 +140,12 @@ def predict(
     model.to(device, memory_format=torch.channels_last)
     listing = np.array([os.fsencode(file) for file in files])
     source = ImageFiles(Path(), listing, np.zeros(len(files), dtype=np.int64))
-    batches, _ = eval_batches(
+    loader = EvalLoader(
         EvalSet(source, transform),
         batch_size=batch_size,
-        workers=min(workers, usable_cpus(), len(files) // batch_size),
-        pin_memory=False,
+        workers=min(workers, len(files) // batch_size),
     )
-    for batch in batches:
+    for batch in loader:
         images = normalise(batch.image.to(device))
         logits = model(images.contiguous(memory_format=torch.channels_last))
         chances, labels = logits.float().softmax(1).topk(min(TOP, logits.shape[1]))

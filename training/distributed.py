@@ -1,4 +1,4 @@
-"""The processes of a run: one without torchrun, any number under it, on CPUs or GPUs."""
+"""The processes of a run: one without torchrun, any number with it, on CPUs or GPUs."""
 
 import datetime
 import os
@@ -7,51 +7,59 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from common.errors import UserError
+
+# The ranks meet in gloo before each step, and there they may wait long: rank 0 may be writing to a
+# slow disk. NCCL's own operations follow that meeting at once, so that a long wait is a hung GPU.
+CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
+NCCL_TIMEOUT = datetime.timedelta(minutes=10)
+
 
 @dataclass(frozen=True)
-class World:
-    """This process among those of the run. Every collective here is a no-op when alone.
+class DistributedContext:
+    """This process among the processes of the run.
 
-    Collectives take and give plain numbers, and go through the CPU's gloo group: they order the
-    ranks without waiting for what a GPU still computes.
+    The collectives take and return plain numbers. They use the CPU's gloo backend, so that they
+    order the ranks without waiting for the GPU; with a single process they do nothing.
     """
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    control: dist.ProcessGroup | None = None  # the gloo group of the collectives below
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def max(self, values: list[float]) -> list[float]:
-        """Element by element the largest over the ranks."""
+        """Element-wise maximum over the ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element by element the sum over the ranks, in float64."""
+        """Element-wise sum over the ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def _reduce(self, values: list[float], op: dist.ReduceOp) -> list[float]:
-        if self.size == 1:
+        if self.world_size == 1:
             return values
         numbers = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(numbers, op)
+        dist.all_reduce(numbers, op, group=self.control)
         return numbers.tolist()
 
     def gather(self, value) -> list:
-        """Every rank's value, by rank, on every rank; plain Python objects of our own ranks."""
-        if self.size == 1:
+        """The values of all ranks, by rank, on every rank; any picklable object."""
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def broadcast_buffers(self, model: torch.nn.Module) -> None:
-        """Give every rank rank 0's buffers (BatchNorm statistics): one network is evaluated."""
-        if self.size > 1:
+        """Give every rank the buffers of rank 0 (BatchNorm statistics), before an evaluation."""
+        if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
@@ -59,37 +67,63 @@ class World:
         self.max([0.0])
 
 
-def start_processes() -> World:
-    """Join torchrun's process group if there is one, and take this process's device."""
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (
-            ("RANK", 0),
-            ("WORLD_SIZE", 1),
-            ("LOCAL_RANK", 0),
-            ("LOCAL_WORLD_SIZE", 1),
-        )
-    )
+def init_distributed() -> DistributedContext:
+    """Join the process group that torchrun describes, if there is one, and choose the device.
+
+    Raises UserError where the environment variables are incomplete, or GPUs are missing.
+    """
+    rank, world_size = _read_integer("RANK", 0), _read_integer("WORLD_SIZE", 1)
+    local_rank = _read_integer("LOCAL_RANK", 0)
+    local_world_size = _read_integer("LOCAL_WORLD_SIZE", 1)
+
+    # This process's device.
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        visible = torch.cuda.device_count()
+        if local_rank >= visible:
+            raise UserError(
+                f"torchrun started {local_world_size} processes on this machine, which has "
+                f"{visible} visible GPUs: use --nproc_per_node={visible}"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # all batches of a run have one shape
-    if size > 1:
-        store, *_ = next(dist.rendezvous("env://", rank, size))
-        # torchrun keeps its store over a restart, and with it the addresses of ranks that are gone.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(f"attempt {attempt}", store),
-            rank=rank,
-            world_size=size,
-            device_id=device if device.type == "cuda" else None,
-            timeout=datetime.timedelta(minutes=30),
+        torch.backends.cudnn.benchmark = True  # all batches of a run have the same shape
+    if world_size == 1:
+        return DistributedContext(device=device)
+
+    # The process group.
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {world_size} but {' and '.join(missing)} not set: start the script "
+            "with torchrun, or unset RANK and WORLD_SIZE"
         )
-    return World(rank, size, local_rank, local_size, device)
+    store, *_ = next(dist.rendezvous("env://", rank, world_size))
+    # torchrun keeps its store over a restart, and in it the addresses of ranks that have died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        device_id=device if on_gpu else None,
+        timeout=NCCL_TIMEOUT if on_gpu else CONTROL_TIMEOUT,
+    )
+    control = (
+        dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if on_gpu else dist.group.WORLD
+    )
+    return DistributedContext(rank, world_size, local_rank, local_world_size, device, control)
 
 
-def stop_processes() -> None:
+def shut_down_distributed() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _read_integer(name: str, default: int) -> int:
+    """An integer of torchrun's environment; an empty variable counts as not set."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a number: unset it")
+    return int(text)

@@ -1,10 +1,12 @@
 """One optimizer step, and one pass over an evaluation set: the same code on every device.
 
-AMP, loss scaling, clipping, accumulation and DDP are objects that can do nothing, so that the CPU
-path that the tests run to the bit is the path that a GPU takes.
+AMP, loss scaling, clipping, accumulation and DDP are no-ops when disabled, so the CPU tests
+exercise the same code path as a GPU run.
 """
 
+import functools
 import math
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,201 +16,268 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from training.distributed import World
+from training.distributed import DistributedContext
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIN_LOSS_SCALE = 2**-6  # below it fp16 has overflowed so often that training has diverged
 
 
 def binary_cross_entropy(logits, targets, *, label_smoothing: float) -> torch.Tensor:
-    """timm's: each class a question of its own, the mean over images and classes.
+    """timm's binary cross-entropy: one yes-or-no question per class, mean over images and classes.
 
-    logits, targets: B × classes; targets are smoothed as those of timm's Mixup are.
+    logits, targets: B × classes; targets are smoothed as in timm's Mixup.
     """
     targets = targets * (1 - label_smoothing) + label_smoothing / targets.shape[1]
     return F.binary_cross_entropy_with_logits(logits, targets)
 
 
-LOSSES = {"cross-entropy": F.cross_entropy, "binary cross-entropy": binary_cross_entropy}
+LOSSES = {"cross_entropy": F.cross_entropy, "binary_cross_entropy": binary_cross_entropy}
 
 
 def choose_precision(device: torch.device, amp: bool | None) -> str:
-    """The name in PRECISIONS for what --amp (True), --no_amp (False) or neither asks of `device`.
+    """Return the name in PRECISIONS for --amp (True), --no_amp (False) or neither (None).
 
-    By default mixed precision is on where it is faster: with CUDA, and on CPUs that have
-    instructions for bf16 (x86: AVX512-BF16, AMX). It is bf16, and fp16 on GPUs without bf16.
+    By default mixed precision is on where it is faster: on CUDA, and on CPUs with instructions for
+    bf16 (AVX512-BF16, AMX). It is bf16, or fp16 on GPUs without bf16 hardware (before Ampere).
     """
     if amp is None:
-        has = torch.cpu.get_capabilities()
-        amp = device.type == "cuda" or has.get("avx512_bf16") or has.get("amx_bf16")
+        cpu = torch.cpu.get_capabilities()
+        amp = device.type == "cuda" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     if not amp:
         return "fp32"
-    return "bf16" if device.type == "cpu" or torch.cuda.is_bf16_supported() else "fp16"
+    if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def move_to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy a batch's images and labels to the device; its other fields stay on the CPU.
+
+    On CUDA the copy has a stream of its own: as the host is a step ahead of the GPU, it runs while
+    the GPU still computes the step before.
+    """
+    if device.type != "cuda":
+        return batch.image.to(device), batch.label.to(device)
+    compute, copy = torch.cuda.current_stream(device), _copy_stream(device)
+    with torch.cuda.stream(copy):
+        moved = [x.to(device, non_blocking=True) for x in (batch.image, batch.label)]
+    compute.wait_stream(copy)
+    for tensor in moved:
+        tensor.record_stream(compute)  # its memory is not reused before the step is over
+    return tuple(moved)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+# ---------------------------------------------------------------- training
 
 
 @dataclass
 class Trainer:
-    """A network with all that one step of training it needs.
+    """A network and everything that one training step needs.
 
-    `model` stays the bare module: its names are the checkpoint's names, with DDP and with
-    `compile`.
+    `model` stays the bare module, with the checkpoint's parameter names, also under DDP and
+    torch.compile.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    world: World
+    context: DistributedContext
     precision: str
     augment: Callable  # (images, labels, draws, step=, micro=) -> images, soft targets
     label_smoothing: float = 0.1
-    clip_norm: float | None = None
+    clip_norm: float | None = None  # largest gradient norm; None: gradients are not clipped
     loss: Callable = F.cross_entropy  # (logits, soft targets, label_smoothing=) -> their mean
     seed_forward: Callable = lambda step, micro: None  # before what the network itself draws
-    wrapped: nn.Module = field(init=False)
+    wrapped: nn.Module = field(init=False)  # the model, in DDP where there are several ranks
     scaler: torch.amp.GradScaler = field(init=False)
     loss_sum: torch.Tensor = field(init=False)  # float64, on the device: over this epoch's images
-    images: int = 0  # how many those are; counted on the host, which then need not wait
+    num_images: int = 0  # how many those are
+    grad_norms: list[torch.Tensor] = field(default_factory=list)  # of steps not yet read
 
     def __post_init__(self):
-        device = self.world.device
+        device = self.context.device
         self.wrapped = self.model
-        if self.world.size > 1:
+        if self.context.world_size > 1:
             self.wrapped = DistributedDataParallel(
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 forward_sync_buffers=False,
             )
+        if self.precision == "fp32":  # really: cuDNN would use TF32 on Ampere and later
+            torch.backends.cudnn.allow_tf32 = False
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
-    def autocast(self):
-        return torch.autocast(
-            self.world.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"
-        )
-
-    @property
-    def sums(self) -> list[float]:
-        """[summed loss, images] of this rank in this epoch; reading it waits for the device."""
-        return [self.loss_sum.item(), float(self.images)]
-
-    @sums.setter
-    def sums(self, values: list[float]) -> None:
-        self.loss_sum.fill_(values[0])
-        self.images = int(values[1])
-
-    def is_finite(self) -> bool:
-        """Whether training has not diverged; waits for the device.
-
-        A step that overflowed in fp16 is skipped by the scaler, which halves its scale: that is
-        divergence only when it goes on.
-        """
-        return math.isfinite(self.loss_sum.item()) and self.scaler.get_scale() > 2**-6
-
     def step(self, batches: list, *, step: int, lr: float) -> None:
-        """One step over this rank's micro-batches of global step `step`. Does not wait for the GPU.
+        """Train on this rank's micro-batches of global step `step`, without waiting for the GPU.
 
-        The gradient is the mean over all micro-batches of all ranks, whoever computed them.
+        Each of `batches` has image (uint8, B × 3 × H × W), label (int64, B) and draws for augment.
+        The gradient is the mean over all micro-batches of all ranks, however many ranks there are.
         """
         self.model.train()
-        for accumulated, batch in enumerate(batches):
-            # move
-            device = self.world.device
-            images = batch.image.to(device, non_blocking=True)
-            labels = batch.label.to(device, non_blocking=True)
-            micro = self.world.rank + accumulated * self.world.size
+        for number, batch in enumerate(batches):
+            # Move and augment.
+            images, labels = move_to_device(batch, self.context.device)
+            micro = self.context.rank + number * self.context.world_size
             images, targets = self.augment(images, labels, batch.draws, step=step, micro=micro)
             images = images.contiguous(memory_format=torch.channels_last)
 
-            # forward
-            last = accumulated == len(batches) - 1
+            # Forward. Gradients are reduced over the ranks in the last backward only.
+            is_last = number == len(batches) - 1
             self.seed_forward(step, micro)
-            with nullcontext() if last or self.world.size == 1 else self.wrapped.no_sync():
-                with self.autocast():
+            with (
+                nullcontext() if is_last or self.context.world_size == 1 else self.wrapped.no_sync()
+            ):
+                with autocast(self.context.device, self.precision):
                     logits = self.wrapped(images)
                 loss = self.loss(logits.float(), targets, label_smoothing=self.label_smoothing)
 
-                # backward
+                # Backward.
                 self.scaler.scale(loss / len(batches)).backward()
 
-            # record
+            # Count, on the device.
             loss = loss.detach().double()
             if self.scaler.is_enabled():
                 loss = loss.nan_to_num(0, 0, 0)  # the scaler skips this step
             self.loss_sum += loss * len(images)
-            self.images += len(images)
+            self.num_images += len(images)
 
-        # step
+        # Update.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.unscale_(self.optimizer)
+        self.grad_norms.append(self._clip_gradients())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def _clip_gradients(self) -> torch.Tensor:
+        """Scale the gradients down to clip_norm, if any; the norm that they had before."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if self.clip_norm is not None:
+            return nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        return nn.utils.get_total_norm([p.grad for p in parameters])
+
+    def read_loss(self) -> tuple[float, int]:
+        """This rank's summed loss and number of images in this epoch; waits for the GPU."""
+        return self.loss_sum.item(), self.num_images
+
+    def read_grad_norms(self) -> list[float]:
+        """The gradient norms of all steps since the last call; waits for the GPU once.
+
+        A step that fp16 skips has an infinite norm or NaN.
+        """
+        norms = torch.stack(self.grad_norms).tolist() if self.grad_norms else []
+        self.grad_norms.clear()
+        return norms
+
+    def set_loss(self, loss_sum: float, num_images: int) -> None:
+        self.loss_sum.fill_(loss_sum)
+        self.num_images = int(num_images)
+
+    def has_diverged(self, loss_sum: float) -> bool:
+        """Whether the loss is not finite, or fp16 overflows at any scale.
+
+        A single step that overflows in fp16 is skipped by the scaler, which halves its scale.
+        """
+        return not math.isfinite(loss_sum) or self.scaler.get_scale() < MIN_LOSS_SCALE
+
+    def state_dict(self) -> dict[str, dict]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+# ---------------------------------------------------------------- evaluation
+
 
 @dataclass
-class Score:
-    """Counts of one evaluation: summed over images and ranks, divided once."""
+class EvalMetrics:
+    """Counts over all images of an evaluation, summed over the ranks, for dividing once."""
 
-    loss: float = 0.0
-    top1: int = 0
-    top5: int = 0
-    images: int = 0
-    unreadable: list[str] = field(default_factory=list)  # files that were not scored
+    loss_sum: float
+    top1: int  # images whose class is predicted
+    top5: int  # images whose class is among the five most likely
+    num_images: int
+    unreadable: list[str]  # files that could not be decoded, of all ranks
+    predictions: torch.Tensor  # int64, by image; -1 for images of other ranks
+    seconds: float = 0.0
 
-    def row(self, prefix: str) -> dict[str, float]:
+    def as_row(self, prefix: str) -> dict[str, float]:
+        """Mean loss and accuracies in percent, as columns of the log."""
         return {
-            f"{prefix}_loss": self.loss / self.images,
-            f"{prefix}_top1": 100 * self.top1 / self.images,
-            f"{prefix}_top5": 100 * self.top5 / self.images,
+            f"{prefix}_loss": self.loss_sum / self.num_images,
+            f"{prefix}_top1": 100 * self.top1 / self.num_images,
+            f"{prefix}_top5": 100 * self.top5 / self.num_images,
         }
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates any network on one dataset."""
+
+    loader: Iterable  # data.loading.EvalLoader
+    context: DistributedContext
+    precision: str
+
+    def run(self, model: nn.Module) -> EvalMetrics:
+        return evaluate(model, self.loader, context=self.context, precision=self.precision)
 
 
 @torch.inference_mode()
 def evaluate(
-    trainer: Trainer,
-    batches: Iterable,
-    normalise: Callable,
-    *,
-    rounds: int,
-    name_of: Callable[[int], str],
-    between: Callable[[], None] = lambda: None,
-) -> tuple[Score, torch.Tensor]:
-    """Score the bare module on every image once; also this rank's (index, prediction), N × 2.
+    model: nn.Module, loader, *, context: DistributedContext, precision: str
+) -> EvalMetrics:
+    """Classify every image of the loader's dataset once and count the correct ones.
 
-    `batches` are this rank's own, unpadded: ranks may have different numbers of them, so each
-    goes through `rounds` turns and calls `between` (where ranks agree to stop) in every one.
+    `loader` is a data.loading.EvalLoader: an iterable over this rank's batches. The bare module is
+    evaluated, not its DDP wrapper, which would communicate in every forward. The ranks may have
+    different numbers of batches; they meet at the end only.
     """
-    world, model = trainer.world, trainer.model
-    world.broadcast_buffers(model)
+    started = time.monotonic()
+    context.broadcast_buffers(model)
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    predictions, unreadable = [], []
-    stream = iter(batches)
-    for _ in range(rounds):
-        between()
-        batch = next(stream, None)
-        if batch is None:
-            continue
-        unreadable += [name_of(index) for index in batch.index[batch.broken > 0].tolist()]
-        images = normalise(batch.image.to(world.device, non_blocking=True))
-        labels = batch.label.to(world.device, non_blocking=True)
-        with trainer.autocast():
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-        logits = logits.float()
+    device, num_images = context.device, 0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5
+    indices, predicted, unreadable = [], [], []
+    for batch in loader:
+        # Forward.
+        images, labels = move_to_device(batch, device)
+        images = loader.normalise(images).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            logits = model(images)
+        logits = logits.float()  # B × classes
+
+        # Count, on the device.
         ranked = logits.topk(min(5, logits.shape[1])).indices
-        hits = ranked == labels[:, None]
-        sums += torch.stack(
-            [
-                F.cross_entropy(logits, labels, reduction="sum").double(),
-                hits[:, 0].sum(),
-                hits.sum(),
-                labels.new_tensor(len(labels)),
-            ]
-        )
-        predictions.append(torch.stack([batch.index.to(world.device), ranked[:, 0]], dim=1))
-    loss, top1, top5, images = world.sum(sums.tolist())  # the one wait for the device
-    seen = torch.cat(predictions) if predictions else torch.empty(0, 2, dtype=torch.int64)
-    unreadable = [name for names in world.gather(unreadable) for name in names]
-    return Score(loss, int(top1), int(top5), int(images), unreadable), seen.cpu()
+        correct = ranked == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum").double()
+        sums += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
+        num_images += len(labels)
+        indices.append(batch.index)
+        predicted.append(ranked[:, 0])
+        broken = batch.index[batch.broken > 0].tolist()
+        unreadable += [loader.file_name(index) for index in broken]
+
+    # Add up over the ranks: the only waits for the device are here.
+    predictions = torch.full((len(loader.dataset),), -1)
+    if indices:
+        predictions[torch.cat(indices)] = torch.cat(predicted).cpu()
+    loss_sum, top1, top5, num_images = context.sum([*sums.tolist(), num_images])
+    unreadable = [name for names in context.gather(unreadable) for name in names]
+    counts = int(top1), int(top5), int(num_images)
+    seconds = time.monotonic() - started
+    return EvalMetrics(loss_sum, *counts, unreadable, predictions, seconds)

@@ -1,30 +1,29 @@
-"""The weights that a finished run hands on, with the JSON that says what they are."""
+"""The weights file that a finished pretraining exports, and the JSON beside it."""
 
-import json
 import time
 from pathlib import Path
 
 import torch
 
 from common.errors import Diverged
-from common.files import sha256, write_atomic, write_json
-from training.checkpoint import first_nonfinite, serialise
+from common.files import read_json, sha256, unused_path, write_atomic, write_json
+from training.checkpoint import find_nonfinite, serialise
 from training.run_dir import provenance
 
 
-def write_weights(model: torch.nn.Module, about: dict, name: str, folders: list[Path]) -> None:
-    """Write `name`.pt and `name`.json into each folder, byte for byte the same.
+def write_weights(model: torch.nn.Module, record: dict, name: str, folders: list[Path]) -> None:
+    """Write the same `name`.pt and `name`.json into each folder.
 
-    `about` begins the JSON; its about["recipe"]["run"] tells this run's files from others', which
-    are renamed and never overwritten. Raises Diverged for weights that are not finite.
+    `record` is the beginning of the JSON. Its record["recipe"]["run"] identifies the run: files of
+    another run are renamed, not overwritten. Raises Diverged for weights that are not finite.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    bad = first_nonfinite(state)
+    bad = find_nonfinite(state)
     if bad:
         raise Diverged(f"{bad} is not finite: the weights were not written")
     weights = serialise(state)
-    about = {
-        **about,
+    record = {
+        **record,
         "parameters": sum(p.numel() for p in model.parameters()),
         **provenance(),
         "sha256": sha256(weights),
@@ -32,27 +31,23 @@ def write_weights(model: torch.nn.Module, about: dict, name: str, folders: list[
     for folder in folders:
         path = folder / f"{name}.pt"
         folder.mkdir(parents=True, exist_ok=True)
-        make_way(path, about["recipe"]["run"])
+        archive_previous(path, record["recipe"]["run"])
         write_atomic(path, weights)
-        write_json(path.with_suffix(".json"), about)
+        write_json(path.with_suffix(".json"), record)
         print(f"wrote {path}", flush=True)
 
 
-def make_way(path: Path, run: str) -> None:
-    """Rename a weights file that another run wrote, with its JSON, by the date it was written."""
-    about = path.with_suffix(".json")
+def archive_previous(path: Path, run: str) -> None:
+    """Rename the weights file of another run, with its JSON, by the date when it was written."""
+    record = path.with_suffix(".json")
     if not path.exists():
         return
-    try:
-        if json.loads(about.read_text())["recipe"]["run"] == run:
-            return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no JSON, or somebody else's: not this run's
+    recipe = (read_json(record) or {}).get("recipe")
+    if isinstance(recipe, dict) and recipe.get("run") == run:
+        return
     written = time.strftime("%Y-%m-%d_%H%M%S", time.localtime(path.stat().st_mtime))
-    old = path.with_name(f"{path.stem}.{written}{path.suffix}")
-    while old.exists():
-        old = old.with_name(f"{old.stem}+{path.suffix}")
+    old = unused_path(path.with_name(f"{path.stem}.{written}{path.suffix}"))
     path.rename(old)
-    if about.exists():
-        about.rename(old.with_suffix(".json"))
-    print(f"{path} was another run's: it is now {old}", flush=True)
+    if record.exists():
+        record.rename(old.with_suffix(".json"))
+    print(f"{path} belonged to another run: it is now {old}", flush=True)

@@ -1,305 +1,316 @@
-"""A run from its first step, or from any other, to its last: steps, epochs, saves and stops."""
+"""The training loop that both scripts share: steps, epochs, checkpoints and stops."""
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
 from common.errors import Diverged, Preempted, UserError
-from training.checkpoint import ALLOWED_FAILURES, LATEST, Checkpoints, first_nonfinite
-from training.engine import Score, Trainer
+from common.files import replace_by_link
+from training.checkpoint import (
+    ALLOWED_FAILURES,
+    BEST,
+    LATEST,
+    Checkpointer,
+    TrainState,
+    copy_to_host,
+    find_nonfinite,
+)
+from training.engine import EvalMetrics, Evaluator, Trainer
+from training.monitoring import (
+    UnreadableImages,
+    max_unreadable,
+    report_gradient_spike,
+    report_rising_loss,
+    summarise_gradients,
+)
 from training.preemption import StopRequest
-from training.run_dir import Folder
+from training.run_dir import RunDir
 
-SHOW_SECONDS = 1.0  # how often the loss is read back, which waits for the device
-ALLOWED_BROKEN, ALLOWED_BROKEN_SHARE = 10, 0.001  # unreadable training images, of an epoch
-
-
-@dataclass
-class Progress:
-    """How far a run is. The epoch in progress is the one after the finished rows."""
-
-    step: int = 0  # global, over the whole run
-    rows: list[dict] = field(default_factory=list)  # finished epochs, as log.jsonl has them
-    sums: list[list[float]] = field(default_factory=list)  # by rank: this epoch's loss, images
-    clock: list[float] = field(default_factory=lambda: [0.0, 0.0])  # its seconds; those waiting
-    broken: list[str] = field(default_factory=list)  # its unreadable images, of all ranks
-
-    @property
-    def best(self) -> dict | None:
-        """The row of the best validation accuracy, the first one of equals."""
-        return max(self.rows, key=lambda row: row["val_top1"], default=None)
+READ_SECONDS = {"cpu": 1.0, "cuda": 10.0}  # between readings of the loss: each waits for the GPU
 
 
-def restore(trainer: Trainer, state: dict) -> Progress:
-    """Put a checkpoint's tensors into `trainer`. UserError where they do not fit its network."""
-    try:
-        trainer.model.load_state_dict(state["model"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        trainer.scaler.load_state_dict(state["scaler"])
-        return Progress(
-            state["step"], state["rows"], state["sums"], state["clock"], state.get("broken", [])
-        )  # which the first checkpoints do not hold
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the checkpoint does not fit this run: {error}") from error
+class TrainLoop:
+    """Trains from any state to the last epoch; `fit` runs on all ranks alike.
 
+    lr_schedule: global step -> learning rate.  loggers: called with the history after each epoch.
+    extra_columns: more columns for the log, read at the end of each epoch.
+    """
 
-@dataclass
-class Run:
-    """Everything a run is made of; `fit` carries it through, on all ranks alike."""
-
-    trainer: Trainer
-    progress: Progress
-    folder: Folder
-    stop: StopRequest
-    steps_from: Callable[[int], Iterator]  # from a step on: this rank's micro-batches of each
-    validate: Callable[[Callable[[], None]], Score]  # calls what it is given between batches
-    lr_of: Callable[[int], float]
-    epochs: int
-    steps_per_epoch: int
-    frozen: dict  # what a checkpoint holds besides: config, classes, number of images
-    name_of: Callable[[int], str]  # the file of a training image
-    resume_with: str  # the command that continues this run
-    extra_row: Callable[[], dict] = dict  # more columns for the log
-    follow: Callable[[list[dict]], None] = lambda rows: None  # is shown the log as it grows
-    save_seconds: float = 900.0
-
-    def __post_init__(self):
-        self.world = self.trainer.world
-        self.checkpoints = Checkpoints(self.folder.path)
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader,  # data.loading.TrainLoader
+        evaluator: Evaluator,
+        *,
+        lr_schedule: Callable[[int], float],
+        epochs: int,
+        run_dir: RunDir,
+        stop: StopRequest,
+        resume_command: str,
+        loggers: Iterable[Callable[[list[dict]], None]] = (),
+        extra_columns: Callable[[], dict] = dict,
+        save_seconds: float = 900.0,
+    ):
+        self.trainer, self.loader, self.evaluator = trainer, loader, evaluator
+        self.lr_schedule, self.epochs, self.run_dir, self.stop = lr_schedule, epochs, run_dir, stop
+        self.resume_command, self.loggers = resume_command, loggers
+        self.extra_columns, self.save_seconds = extra_columns, save_seconds
+        self.context = trainer.context
+        self.steps_per_epoch = loader.steps_per_epoch
+        self.checkpointer = Checkpointer(run_dir.path)
         self.saved_at = time.monotonic()
-        self.broken: list[str] = []  # unreadable images that this rank met in this epoch
-        self.warned: set[str] = set()  # those that were named, once in this process
+        self.unreadable = UnreadableImages(loader.file_name, run_dir)
         self.diverged = False
 
-    @property
-    def epoch(self) -> int:
-        """The epoch in progress, from 1."""
-        return len(self.progress.rows) + 1
+    def fit(self, state: TrainState) -> None:
+        """Train until `epochs` epochs are finished. Raises Preempted, Diverged or UserError."""
+        self.start(state)
+        steps = self.loader.steps(state.step, self.epochs * self.steps_per_epoch)
+        while state.epoch < self.epochs:
+            self.train_epoch(state, steps)
+            metrics = self.evaluator.run(self.trainer.model)  # exact counts over all ranks
+            self.end_epoch(state, metrics)
+        self.finish(state)
 
-    @property
-    def step_in_epoch(self) -> int:
-        return self.progress.step - (self.epoch - 1) * self.steps_per_epoch
+    def start(self, state: TrainState) -> None:
+        """Take up this rank's share of the state, and write the log as the state has it."""
+        self.trainer.set_loss(*state.loss_sum_of(self.context.rank, self.context.world_size))
+        if not self.context.is_main:
+            return
+        self.unreadable.files = set(state.unreadable)
+        best = self.run_dir.path / BEST
+        if state.best_epoch and not best.exists() and state.epoch < self.epochs:
+            print(f"warning: {best} is missing: it will be the best epoch from now on", flush=True)
+            state.best_epoch = 0
+        self.run_dir.write_log(state.history)
+        for log in self.loggers:
+            log(state.history)
+        self.run_dir.write_status("running")
 
-    # ------------------------------------------------------------------ epochs and steps
+    # ------------------------------------------------------------------ an epoch
 
-    def fit(self) -> None:
-        """Train until `epochs` rows are finished. Raises Preempted, Diverged or UserError."""
-        if self.world.main:
-            self.folder.write_log(self.progress.rows)
-            self.follow(self.progress.rows)
-            self.folder.status("running")
-        self._restore_sums()
-        self.steps = self.steps_from(self.progress.step)
-        while len(self.progress.rows) < self.epochs:
-            self._train_epoch()
-            validating = time.monotonic()
-            score = self.validate(self._agree)
-            if score.unreadable:
-                self.save()
-                raise UserError(
-                    f"{len(score.unreadable)} validation images cannot be read, and are "
-                    "never replaced: restore them, then resume: " + ", ".join(score.unreadable)
-                )
-            self._finish_epoch(score, time.monotonic() - validating)
-        if self.world.max([self.checkpoints.failures])[0]:
-            # The best epoch is about to be read back, or the last to be exported: now or never.
-            self.checkpoints.failures = ALLOWED_FAILURES - 1
-            self.save()
+    def train_epoch(self, state: TrainState, steps: Iterator[list]) -> None:
+        """Train the rest of the epoch in progress."""
+        seconds_before, started = state.seconds, time.monotonic()
+        next_reading = started + READ_SECONDS[self.context.device.type]
+        with self.open_progress_bar(state) as bar:
+            while self.step_in_epoch(state) < self.steps_per_epoch:
+                # All ranks together: stop? diverged? save?
+                self.check_in(state)
 
-    def _restore_sums(self) -> None:
-        """Each rank goes on with its own sums; another number of ranks with rank 0 holding all.
-
-        The epoch's unreadable images are summed over the ranks alone: rank 0 holds them.
-        """
-        self.broken = list(self.progress.broken) if self.world.main else []
-        if len(self.progress.sums) == self.world.size:
-            mine = self.progress.sums[self.world.rank]
-        else:
-            total = [math.fsum(column) for column in zip(*self.progress.sums, strict=True)]
-            mine = total if total and self.world.main else [0.0, 0.0]
-        self.trainer.sums = mine
-
-    def _train_epoch(self) -> None:
-        progress = self.progress
-        seconds, waited = progress.clock
-        started = shown = time.monotonic()
-        with tqdm(
-            total=self.steps_per_epoch,
-            initial=self.step_in_epoch,
-            unit="step",
-            desc=f"epoch {self.epoch}/{self.epochs}",
-            leave=False,
-            disable=None if self.world.main else True,
-        ) as bar:
-            while self.step_in_epoch < self.steps_per_epoch:
-                self._agree()
+                # This rank's micro-batches of the step.
                 asked = time.monotonic()
-                batches = next(self.steps)
-                waited += time.monotonic() - asked
-                for batch in batches:
-                    self._note_broken(batch)
-                self.trainer.step(batches, step=progress.step, lr=self.lr_of(progress.step))
-                progress.step += 1
-                progress.clock = [seconds + time.monotonic() - started, waited]
-                bar.update()
-                if time.monotonic() - shown > SHOW_SECONDS:
-                    shown = time.monotonic()
-                    self._show(bar)
-            self._show(bar)
-        self._agree()
+                batches = next(steps)
+                state.data_wait += time.monotonic() - asked
+                self.unreadable.collect(batches, state.epoch + 1)
 
-    def _show(self, bar: tqdm) -> None:
-        """Read the running loss: the one wait for the device between two saves."""
-        loss, images = self.trainer.sums
-        self.diverged |= not self.trainer.is_finite()
-        rate = images * self.world.size / max(1e-9, self.progress.clock[0])
-        bar.set_postfix_str(
-            f"loss {loss / max(1, images):.3f}, "
-            f"lr {self.lr_of(self.progress.step - 1):.4g}, {rate:.0f} images/s"
+                # The step itself.
+                self.trainer.step(batches, step=state.step, lr=self.lr_schedule(state.step))
+                state.step += 1
+                state.seconds = seconds_before + time.monotonic() - started
+
+                # The progress line.
+                bar.update()
+                if time.monotonic() > next_reading:
+                    self.read_progress(state, bar)
+                    next_reading = time.monotonic() + READ_SECONDS[self.context.device.type]
+            self.read_progress(state, bar)
+        self.check_in(state)
+
+    def end_epoch(self, state: TrainState, metrics: EvalMetrics) -> None:
+        """Turn the epoch's sums into a row of the log, save, and report what is unusual."""
+        if metrics.unreadable:
+            self.save(state)
+            self.checkpointer.join()
+            raise UserError(
+                f"{len(metrics.unreadable)} validation images cannot be decoded, and an "
+                "evaluation uses every image: restore the files and run the same command again: "
+                + ", ".join(metrics.unreadable)
+            )
+        # The row.
+        state.grad_norms += self.trainer.read_grad_norms()
+        loss_sum, num_images = self.context.sum(list(self.trainer.read_loss()))
+        row = {
+            "epoch": state.epoch + 1,
+            "lr": self.lr_schedule(state.step - 1),
+            "train_loss": loss_sum / num_images,
+            **metrics.as_row("val"),
+            "images_per_s": round(num_images / state.seconds, 1),
+            "data_wait": round(state.data_wait / state.seconds, 4),
+            "seconds": round(state.seconds + metrics.seconds, 2),
+            **summarise_gradients(state.grad_norms),
+            **self.extra_columns(),
+        }
+        if self.context.is_main:
+            report_gradient_spike(state.grad_norms, row, self.steps_per_epoch, self.run_dir)
+            report_rising_loss(state, row, self.run_dir)
+
+        # The next epoch starts from zero.
+        is_best = state.end_epoch(row)
+        self.trainer.set_loss(0.0, 0)
+        self.unreadable.files.clear()
+        self.save(state, best=is_best)
+
+        # The log.
+        if self.context.is_main:
+            self.run_dir.write_log(state.history)
+            for log in self.loggers:
+                log(state.history)
+            print(describe_row(row), flush=True)
+
+    def finish(self, state: TrainState) -> None:
+        """Make sure that the last checkpoints are on disk; a failed write is tried once more."""
+        failed = [0.0]
+        if self.context.is_main:
+            failed = [float(self._join_and_warn())]
+        if self.context.max(failed)[0]:
+            self.checkpointer.failures = ALLOWED_FAILURES - 1
+            self.save(state)
+            self.checkpointer.join()
+        best = self.run_dir.path / BEST
+        if self.context.is_main and not best.exists():
+            print(f"warning: {best} is missing: the last epoch takes its place", flush=True)
+            replace_by_link(self.run_dir.path / LATEST, best)
+            state.best_epoch = state.epoch
+
+    # ------------------------------------------------------------------ what is reported
+
+    def open_progress_bar(self, state: TrainState) -> tqdm:
+        return tqdm(
+            total=self.steps_per_epoch,
+            initial=self.step_in_epoch(state),
+            unit="step",
+            desc=f"epoch {state.epoch + 1}/{self.epochs}",
+            leave=False,
+            disable=None if self.context.is_main else True,
         )
 
-    def _finish_epoch(self, score: Score, validation_seconds: float) -> None:
-        progress = self.progress
-        loss, images = self.world.sum(self.trainer.sums)
-        where = self._where()
-        seconds, waited = progress.clock
-        best_before = progress.best
-        row = {
-            "epoch": self.epoch,
-            "lr": self.lr_of(progress.step - 1),
-            "train_loss": loss / images,
-            **score.row("val"),
-            "images_per_s": round(images / seconds, 1),
-            "data_wait": round(waited / seconds, 4),
-            "seconds": round(seconds + validation_seconds, 2),
-            **self.extra_row(),
-        }
-        progress.rows.append(row)
-        progress.clock = [0.0, 0.0]
-        self.trainer.sums = [0.0, 0.0]
-        self.broken.clear()
-        best = best_before is None or row["val_top1"] > best_before["val_top1"]
-        self.save(best=best, where=where)
-        if self.world.main:
-            self.folder.write_log(progress.rows)
-            self.follow(progress.rows)
-            print(
-                f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}, top-5 "
-                f"{row['val_top5']:.1f}, val_loss {row['val_loss']:.3f}, train_loss "
-                f"{row['train_loss']:.3f}, lr {row['lr']:.4g}, {row['images_per_s']:.0f} "
-                f"images/s, {100 * row['data_wait']:.0f} % of it waiting for data, "
-                f"{row['seconds']:.0f} s",
-                flush=True,
-            )
-
-    def _note_broken(self, batch) -> None:
-        if not batch.broken.any():
-            return
-        for index in batch.index[batch.broken == 1].tolist():
-            name = self.name_of(index)
-            self.broken.append(name)
-            self.folder.event("unreadable_image", file=name, epoch=self.epoch)
-            if name not in self.warned:
-                self.warned.add(name)
-                print(
-                    f"warning: {name} cannot be read as an image: another of its class takes "
-                    "its place",
-                    flush=True,
-                )
-        for index in batch.index[batch.broken == 2].tolist():
-            raise UserError(
-                f"{self.name_of(index)} cannot be read as an image, nor can any other "
-                "of its class: restore the files, then resume"
-            )
+    def read_progress(self, state: TrainState, bar: tqdm) -> None:
+        """Show the running loss. Between two saves only this waits for the device."""
+        loss_sum, num_images = self.trainer.read_loss()
+        state.grad_norms += self.trainer.read_grad_norms()
+        self.diverged |= self.trainer.has_diverged(loss_sum)
+        rate = num_images * self.context.world_size / max(1e-9, state.seconds)
+        bar.set_postfix_str(
+            f"loss {loss_sum / max(1, num_images):.3f}, "
+            f"lr {self.lr_schedule(state.step - 1):.4g}, {rate:.0f} images/s"
+        )
 
     # ------------------------------------------------------------------ saves and stops
 
-    def _agree(self) -> None:
-        """Where all ranks learn what one of them met: a signal, a loss that is not finite, …"""
-        due = self.world.main and time.monotonic() - self.saved_at > self.save_seconds
-        stop, diverged, due, broken = self.world.sum(
-            [bool(self.stop), self.diverged, due, len(self.broken)]
+    def check_in(self, state: TrainState) -> None:
+        """All ranks share what one of them met, and act on it together.
+
+        That is a stop request, a loss that is not finite, a save that is due, or too many
+        unreadable images.
+        """
+        is_due = self.context.is_main and time.monotonic() - self.saved_at > self.save_seconds
+        stop, diverged, is_due, unreadable = self.context.sum(
+            [self.stop.requested, self.diverged, is_due, len(self.unreadable.files)]
         )
         if diverged:
-            self._fail("the loss is not finite")
-        if broken > max(ALLOWED_BROKEN, ALLOWED_BROKEN_SHARE * self.frozen["images"]):
-            names = sorted(name for names in self.world.gather(self.broken) for name in names)
-            self.save()
-            raise UserError(
-                f"{len(names)} training images cannot be read, too many to replace: "
-                f"restore them, then resume: {', '.join(names)}"
-            )
+            self.raise_diverged(state, "the loss is not finite")
+        if unreadable > max_unreadable(state.num_images):
+            self.stop_if_too_many_unreadable(state)
         if stop:
-            self._leave()
-        if due:
-            self.save()
+            self.save_and_exit(state)
+        if is_due:
+            self.save(state)
 
-    def save(self, *, best: bool = False, where: str = "") -> None:
-        """Write a checkpoint of this moment; on all ranks together."""
-        sums = self.world.gather(self.trainer.sums)
-        broken = sorted(name for names in self.world.gather(self.broken) for name in names)
-        error, bad = None, None
-        if self.world.main:
-            state = {
-                **self.frozen,
-                "model": self.trainer.model.state_dict(),
-                "optimizer": self.trainer.optimizer.state_dict(),
-                "scaler": self.trainer.scaler.state_dict(),
-                "step": self.progress.step,
-                "rows": self.progress.rows,
-                "sums": sums,
-                "clock": self.progress.clock,
-                "broken": broken,
-            }
-            bad = first_nonfinite({name: state[name] for name in ("model", "optimizer")})
+    def save(self, state: TrainState, *, best: bool = False) -> None:
+        """Save a checkpoint of this moment, on all ranks together."""
+        # What each rank knows.
+        state.loss_sums = self.context.gather(list(self.trainer.read_loss()))
+        state.grad_norms += self.trainer.read_grad_norms()
+        state.unreadable = self.gather_unreadable()
+
+        # Rank 0 copies the tensors, checks them, and starts writing.
+        bad, error = None, None
+        if self.context.is_main:
+            tensors = copy_to_host(self.trainer.state_dict())
+            bad = find_nonfinite({name: tensors[name] for name in ("model", "optimizer")})
             try:
-                warning = None if bad else self.checkpoints.save(state, best=best)
+                if bad is None:
+                    warning = self.checkpointer.save(state.to_dict(tensors), best=best)
+                    if warning:
+                        print(warning, flush=True)
             except UserError as failure:
-                error, warning = failure, None
-            if warning:
-                print(warning, flush=True)
-        not_finite, not_written = self.world.max([bad is not None, error is not None])
-        if not_finite:
-            self._fail(f"{bad or 'a tensor'} is not finite", where)
-        if not_written:
-            raise error or UserError(f"rank 0 could not write to {self.folder.path}")
+                error = failure
+
+        # The others learn how it went.
+        is_bad, is_failed = self.context.max([bad is not None, error is not None])
+        if is_bad:
+            self.raise_diverged(state, f"{bad or 'a tensor'} is not finite")
+        if is_failed:
+            raise error or UserError(f"rank 0 could not write to {self.run_dir.path}")
         self.saved_at = time.monotonic()
 
-    def check_stop(self) -> None:
-        """Leave when asked to, where nothing has to be saved."""
-        if self.stop:
-            message = f"preempted in the test, resume with: {self.resume_with}"
-            self.folder.status("preempted", message=message, resume=self.resume_with)
-            raise Preempted(message)
+    def save_and_exit(self, state: TrainState) -> None:
+        self.save(state)
+        self._join_and_warn()
+        message = f"preempted, {self.position(state)}, resume with: {self.resume_command}"
+        if self.context.is_main:
+            self.run_dir.write_status(
+                "preempted",
+                epoch=state.epoch + 1,
+                step=self.step_in_epoch(state),
+                message=message,
+                resume=self.resume_command,
+            )
+        self.context.barrier()  # torchrun ends the others as soon as one rank leaves
+        raise Preempted(message)
 
-    def _where(self) -> str:
-        return f"epoch {self.epoch} step {self.step_in_epoch}"
-
-    def _fail(self, what: str, where: str = "") -> None:
-        message = (
-            f"{what} at {where or self._where()}, learning rate "
-            f"{self.lr_of(max(0, self.progress.step - 1)):.4g}: use a smaller --lr"
-        )
-        latest = self.folder.path / LATEST
+    def raise_diverged(self, state: TrainState, what: str) -> None:
+        self._join_and_warn()
+        lr = self.lr_schedule(max(0, state.step - 1))
+        message = f"{what} at {self.position(state)}, learning rate {lr:.4g}: use a smaller --lr"
+        latest = self.run_dir.path / LATEST
         if latest.exists():
             message += f" ({latest} is from before)"
-        if self.world.main:
-            self.folder.status("diverged", message=message)
+        if self.context.is_main:
+            self.run_dir.write_status("diverged", message=message)
         raise Diverged(message)
 
-    def _leave(self) -> None:
-        self.save()
-        message = f"preempted, {self._where()}, resume with: {self.resume_with}"
-        if self.world.main:
-            self.folder.status(
-                "preempted",
-                epoch=self.epoch,
-                step=self.step_in_epoch,
-                message=message,
-                resume=self.resume_with,
-            )
-        self.world.barrier()  # torchrun ends the others as soon as one rank leaves
-        raise Preempted(message)
+    def gather_unreadable(self) -> list[str]:
+        """The files that any rank could not decode in this epoch, each once."""
+        return sorted(set().union(*self.context.gather(self.unreadable.files)))
+
+    def stop_if_too_many_unreadable(self, state: TrainState) -> None:
+        names = self.gather_unreadable()  # two ranks may have met the same file
+        if len(names) <= max_unreadable(state.num_images):
+            return
+        self.save(state)
+        self._join_and_warn()
+        raise UserError(
+            f"{len(names)} training images cannot be decoded, too many to replace: restore the "
+            f"files and run the same command again: {', '.join(names)}"
+        )
+
+    def _join_and_warn(self) -> bool:
+        """Wait for the checkpoint being written; True, and a warning, if it failed."""
+        warning = self.checkpointer.join()
+        if warning:
+            print(warning, flush=True)
+        return warning is not None
+
+    def step_in_epoch(self, state: TrainState) -> int:
+        return state.step - state.epoch * self.steps_per_epoch
+
+    def position(self, state: TrainState) -> str:
+        if self.step_in_epoch(state) == 0 and state.epoch:
+            return f"the end of epoch {state.epoch}"
+        return f"epoch {state.epoch + 1} step {self.step_in_epoch(state)}"
+
+
+def describe_row(row: dict) -> str:
+    """The line of a finished epoch."""
+    gradient = ""
+    if "grad_norm" in row:
+        gradient = f"grad norm {row['grad_norm']:.3g} (max {row['grad_norm_max']:.3g}), "
+    return (
+        f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}, top-5 {row['val_top5']:.1f}, "
+        f"val_loss {row['val_loss']:.3f}, train_loss {row['train_loss']:.3f}, {gradient}"
+        f"lr {row['lr']:.4g}, {row['images_per_s']:.0f} images/s, "
+        f"{100 * row['data_wait']:.0f} % of it waiting for data, {row['seconds']:.0f} s"
+    )

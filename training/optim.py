@@ -1,5 +1,6 @@
-"""The optimizer's parameter groups and the learning rate, a pure function of the step."""
+"""The optimizer with its parameter groups, and the learning rate as a pure function of the step."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,10 +11,10 @@ from common.errors import UserError
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weights of convolutions and linear layers decay, alone.
+    """Split the parameters: weights of convolutions and linear layers decay, all others do not.
 
-    They are told by rank: BatchNorm and GroupNorm scales, biases and gates have one dimension or
-    none, and STCI's channel scales are one-dimensional too.
+    They are told apart by rank: normalisation scales, biases, gates and STCI's channel scales have
+    one dimension or none.
     """
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -23,23 +24,45 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def make_sgd(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.SGD:
-    """SGD with Nesterov momentum 0.9."""
-    return torch.optim.SGD(
-        decay_groups(model, weight_decay), lr=lr, momentum=0.9, nesterov=True, fused=True
+def make_sgd(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(
+        decay_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, fused=True
     )
+    # Momentum starts from explicit zeros. Fused SGD would allocate it in the first step, and leave
+    # it uninitialised when that step overflows in fp16 and is skipped.
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def make_lamb(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """timm's LAMB, which clips the norm of all gradients to 1. UserError where timm is missing."""
+    """timm's LAMB (You et al. 2020, arXiv:1904.00962), which clips the norm of all gradients to 1.
+
+    Raises UserError where timm is not installed.
+    """
     try:
         from timm.optim import Lamb
     except ImportError as error:
-        raise UserError(f"LAMB is timm's ({error}): pip install timm") from error
+        raise UserError(f"--recipe a1 uses timm's LAMB ({error}): pip install timm") from error
     return Lamb(decay_groups(model, weight_decay), lr=lr)
 
 
 OPTIMIZERS = {"sgd": make_sgd, "lamb": make_lamb}
+
+
+def make_optimizer(recipe: dict, model: nn.Module, *, lr: float) -> torch.optim.Optimizer:
+    """The optimizer that a recipe describes."""
+    names = {"weight_decay", "momentum", "nesterov"} & recipe.keys()
+    make = OPTIMIZERS[recipe.get("optimizer", "sgd")]
+    return make(model, lr=lr, **{name: recipe[name] for name in names})
 
 
 def lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> float:
@@ -63,27 +86,34 @@ def timm_lr_at(
     warmup_lr: float,
     min_lr: float,
 ) -> float:
-    """timm's CosineLRScheduler: a cosine to `min_lr` from step 0 on, begun in the warm-up's shade.
+    """timm's CosineLRScheduler with warmup_prefix=False.
 
-    The warm-up rises from `warmup_lr` towards `base`, which is not reached.
+    The cosine to `min_lr` starts at step 0; the warm-up from `warmup_lr` towards `base` overrides
+    its first steps.
     """
     if step < warmup_steps:
         return warmup_lr + step * (base - warmup_lr) / warmup_steps
     return min_lr + (base - min_lr) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
+SCHEDULES = {"cosine": lr_at, "timm_cosine": timm_lr_at}
+
+
 def make_schedule(
     recipe: dict, *, base: float, total_steps: int, warmup_steps: int
 ) -> Callable[[int], float]:
-    """The learning rate by step that a recipe names."""
-    settings = {"base": base, "total_steps": total_steps, "warmup_steps": warmup_steps}
-    if recipe["schedule"] == "timm's cosine":
-        settings |= {"warmup_lr": recipe["warmup_lr"], "min_lr": recipe["min_lr"]}
-        return lambda step: timm_lr_at(step, **settings)
-    return lambda step: lr_at(step, **settings)
+    """The learning rate that a recipe describes, as a function of the global step."""
+    options = {name: recipe[name] for name in ("warmup_lr", "min_lr") if name in recipe}
+    return functools.partial(
+        SCHEDULES[recipe.get("schedule", "cosine")],
+        base=base,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        **options,
+    )
 
 
-def warmup_steps(warmup_epochs: float, *, steps_per_epoch: int, total_steps: int) -> int:
-    """Steps of warm-up; a tenth of the run when the warm-up asked for is not shorter than it."""
+def count_warmup_steps(warmup_epochs: float, *, steps_per_epoch: int, total_steps: int) -> int:
+    """Steps of warm-up; a tenth of the run where the recipe's warm-up is not shorter than it."""
     steps = round(warmup_epochs * steps_per_epoch)
     return steps if steps < total_steps else total_steps // 10

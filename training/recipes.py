@@ -1,8 +1,9 @@
-"""The recipes of pretraining: each one table of values. A checkpoint keeps its run's whole table.
+"""The training recipes, each one table of values, which a checkpoint stores with its run.
 
-What a flag of the same name is given for is that flag's; the rest belongs to the recipe.
+A flag of the same name overrides a value; the others can be changed only here.
 """
 
+# Values that are flags of pretrain_imagenet.py.
 FLAGS = (
     "epochs",
     "batch_size",
@@ -13,46 +14,47 @@ FLAGS = (
     "clip_norm",
 )
 
-RECIPES = {
+PRETRAIN = {
+    # The recipe of the pretraining guide.
     "guide": {
         "epochs": 600,
-        "batch_size": 256,
+        "batch_size": 256,  # images per process and step
         "global_batch": None,  # batch_size × processes
         "optimizer": "sgd",
         "lr": 0.1,
-        "lr_images": 256,  # lr is for so many images a step
-        "weight_decay": 1e-4,
+        "lr_images": 256,  # the batch that lr is for: linear scaling, Goyal et al. arXiv:1706.02677
+        "weight_decay": 1e-4,  # of convolutions and linear layers only
         "momentum": 0.9,
         "nesterov": True,
-        "schedule": "cosine over steps, after a warm-up",
+        "schedule": "cosine",
         "warmup_epochs": 5,
-        "loss": "cross-entropy",
-        "label_smoothing": 0.1,
-        "clip_norm": 0,  # the largest gradient norm of a step; 0: not clipped
+        "loss": "cross_entropy",
+        "label_smoothing": 0.1,  # Szegedy et al. 2016, arXiv:1512.00567
+        "clip_norm": 0,  # largest gradient norm of a step; 0: not clipped
         "mixup": 0.2,
         "cutmix": 1.0,
-        "randaugment": [2, 9],
+        "randaugment": [2, 9],  # operations per image, magnitude
         "repeats": 1,
-        "crop_scale": [0.08, 1.0],
+        "crop_scale": [0.08, 1.0],  # share of the image's area
         "stochastic_depth": 0.0,
-        "test_resize": 256,  # to crop 224
+        "test_resize": 256,  # shorter side before a centre crop of 224
     },
-    # A1 of Wightman, Touvron and Jégou, "ResNet strikes back" (2021), as timm trains it.
+    # A1 of Wightman, Touvron and Jégou 2021, "ResNet strikes back", arXiv:2110.00476, as in timm.
     "a1": {
         "epochs": 600,
         "batch_size": 256,
-        "global_batch": 2048,
+        "global_batch": 2048,  # by accumulation
         "optimizer": "lamb",
         "lr": 5e-3,
-        "lr_images": None,  # as it stands, whatever the batch
+        "lr_images": None,  # lr is not scaled with the batch
         "weight_decay": 0.01,
-        "schedule": "timm's cosine",
+        "schedule": "timm_cosine",
         "warmup_epochs": 5,
         "warmup_lr": 1e-4,
         "min_lr": 1e-6,
-        "loss": "binary cross-entropy",
+        "loss": "binary_cross_entropy",
         "label_smoothing": 0.1,
-        "clip_norm": 0,  # timm's LAMB itself clips to 1
+        "clip_norm": 0,  # timm's LAMB clips the gradient norm to 1 itself
         "mixup": 0.2,
         "cutmix": 1.0,
         "randaugment": "rand-m7-n2-mstd0.5-inc1",
@@ -63,7 +65,37 @@ RECIPES = {
     },
 }
 
+# train.py's recipe; epochs, batch size and learning rate are its flags.
+FINETUNE = {
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 1e-4,
+    "warmup_epochs": 5,
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "randaugment": [2, 9],
+    "crop_scale": [0.2, 1.0],
+    "clip_norm": 1.0,
+}
 
-def in_words(recipe: dict) -> str:
+# What checkpoints from before clip_norm, or with values in prose, mean.
+_RENAMED = {
+    "cross-entropy": "cross_entropy",
+    "binary cross-entropy": "binary_cross_entropy",
+    "cosine over steps, after a warm-up": "cosine",
+    "timm's cosine": "timm_cosine",
+}
+
+
+def upgrade_pretrain_config(config: dict) -> dict:
+    """The configuration of an older pretraining checkpoint in today's words; it runs as it was."""
+    upgraded = {"recipe": "guide", **PRETRAIN["guide"], "clip_norm": 0, **config}
+    for name in ("loss", "schedule"):
+        upgraded[name] = _RENAMED.get(upgraded[name], upgraded[name])
+    return upgraded
+
+
+def describe_recipe(recipe: dict) -> str:
     """A table in one line: "epochs 600; batch_size 256; …", without what is None."""
     return "; ".join(f"{name} {value}" for name, value in recipe.items() if value is not None)

@@ -1,60 +1,76 @@
-"""A run's folder: the lock that makes it one run's, its log, its events, and what made it."""
+"""A run's folder: its lock, its log, its events, how it ended, and what made it."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
 import torch
 import torchvision
 
-from common.files import open_lock, remove_temporary_files, write_atomic, write_json
+from common.errors import Diverged, Preempted
+from common.files import (
+    open_lock,
+    read_json,
+    remove_temporary_files,
+    write_atomic,
+    write_json,
+)
 from training.checkpoint import BEST, LATEST, PREVIOUS
-from training.run_config import LOG
+from training.run_config import CONFIG, LOG, RESULTS
 
 EVENTS, STATUS = "events.jsonl", "status.json"
 
 
-class Folder:
-    """A run's folder, held by this process alone until it ends, however it ends."""
+class RunDir:
+    """The folder of one run, locked by this process until it ends, however it ends."""
 
     def __init__(self, path: Path):
         self.path = path
         self._lock = None
 
     def lock(self) -> None:
-        """Make the folder and claim it; raises as open_lock does."""
+        """Create and lock the folder, and remove what a killed process left half-written.
+
+        Raises Busy where another process trains there, UserError where it cannot be written.
+        """
         self._lock = open_lock(self.path)
         remove_temporary_files(self.path)
         (self.path / f".{LATEST}.new").unlink(missing_ok=True)
+        if (read_json(self.path / STATUS) or {}).get("state") == "running":
+            self.log_event("killed")  # nobody else holds the lock, and it did not say how it ended
 
-    def holds_run(self) -> bool:
-        """Whether a run has left a checkpoint or a finished epoch here."""
+    def contains_run(self) -> bool:
+        """Whether a run has left its configuration, a checkpoint or a finished epoch here."""
         log = self.path / LOG
-        return any((self.path / name).exists() for name in (LATEST, BEST, PREVIOUS)) or (
+        names = (CONFIG, RESULTS, LATEST, BEST, PREVIOUS)
+        return any((self.path / name).exists() for name in names) or (
             log.exists() and log.read_bytes().strip() != b""
         )
 
-    def set_aside(self, target: Path) -> Path:
+    def archive(self, target: Path) -> None:
         """Move this folder's files, all but hidden ones, into the new folder `target`-<time>."""
         target = target.with_name(target.name + time.strftime("-%Y%m%d-%H%M%S"))
         target.mkdir(parents=True)
         for entry in self.path.iterdir():
             if entry.is_file() and not entry.name.startswith("."):
                 entry.rename(target / entry.name)
-        return target
+        print(f"--overwrite: the old run is now in {target}", flush=True)
 
-    def write_log(self, rows: list[dict]) -> None:
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        self._write(LOG, lambda path: write_atomic(path, text.encode()))
+    # ------------------------------------------------------------------ records
 
-    def event(self, kind: str, **details) -> None:
-        """Append one line to events.jsonl; every rank may, in a single write each."""
+    def write_log(self, history: list[dict]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in history)
+        self._write(LOG, lambda path: write_atomic(path, text))
+
+    def log_event(self, kind: str, **details) -> None:
+        """Append one line to events.jsonl. Every rank may: a line is written at once."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": kind, **details})
 
         def append(path: Path) -> None:
@@ -63,11 +79,24 @@ class Folder:
 
         self._write(EVENTS, append)
 
-    def status(self, state: str, **details) -> None:
+    def write_status(self, state: str, **details) -> None:
         self._write(STATUS, lambda path: write_json(path, {"state": state, **details}))
 
+    @contextlib.contextmanager
+    def recording_failure(self, *, active: bool = True) -> Iterator[None]:
+        """Write into status.json how the block ended if it raises (rank 0 only: `active`)."""
+        try:
+            yield
+        except (Preempted, Diverged):
+            raise  # the loop has written these
+        except BaseException as error:
+            if active:
+                message = " ".join(str(error).split()) or type(error).__name__
+                self.write_status("failed", message=message)
+            raise
+
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
-        """A full disk does not end a run for want of its log, which each checkpoint holds too."""
+        """A failed write is only a warning: each checkpoint has the log, too."""
         try:
             write(self.path / name)
         except OSError as error:
@@ -85,31 +114,20 @@ def provenance() -> dict:
             "torchvision": str(torchvision.__version__),
             "numpy": str(numpy.__version__),
         },
-        "commit": _commit(),
+        "commit": find_commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
-def _commit() -> str | None:
+def find_commit() -> str | None:
     """The checkout's commit, with -dirty where files differ from it; None outside of git."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
+    command = ["git", "-C", os.fspath(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         described = subprocess.run(
-            [
-                "git",
-                "-C",
-                os.fspath(root),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-                "--exclude=*",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=10,
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,48 +1,45 @@
-"""The log as TensorBoard shows it."""
+"""The log as TensorBoard event files (optional: pip install tensorboard)."""
 
 from pathlib import Path
 
 from common.errors import UserError
 
 
-class Board:
-    """Writes a log's rows into an event file in `folder`, one scalar a column, by epoch.
+class TensorBoardLogger:
+    """Writes the rows of a log into an event file, one scalar per column and epoch.
 
-    Shown the log for the first time, it writes all of it anew: a resumed run has each epoch once.
-    One that is not wanted does nothing.
+    The first call writes the whole history and removes older event files, so that a resumed run
+    has each epoch once. Raises UserError where tensorboard is not installed.
     """
 
-    def __init__(self, folder: Path, *, wanted: bool = True):
-        self.folder, self.make_writer, self.writer, self.written = folder, None, None, 0
-        if not wanted:
-            return
+    def __init__(self, folder: Path):
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
+        except Exception as error:  # tensorboard is not there, or does not fit other packages
             raise UserError(f"--tensorboard: {error}: pip install tensorboard") from error
-        self.make_writer = SummaryWriter
+        self.folder, self.make_writer = folder, SummaryWriter
+        self.writer, self.num_written = None, 0
 
-    def __call__(self, rows: list[dict]) -> None:
+    def __call__(self, history: list[dict]) -> None:
         try:
-            if self.make_writer:
-                self._write(rows)
-        except OSError as error:  # a full disk does not end a run for want of its curves
+            self._write(history)
+        except OSError as error:  # a full disk must not end a run for its curves
             print(
                 f"warning: {self.folder}: the event file could not be written ({error.strerror})",
                 flush=True,
             )
 
-    def _write(self, rows: list[dict]) -> None:
+    def _write(self, history: list[dict]) -> None:
         if self.writer is None:
             for old in self.folder.glob("events.out.tfevents.*"):
                 old.unlink()
             self.writer = self.make_writer(self.folder)
-        for row in rows[self.written :]:
+        for row in history[self.num_written :]:
             for name, value in row.items():
                 if isinstance(value, list):  # such as gates
                     for i, number in enumerate(value):
                         self.writer.add_scalar(f"{name}/{i}", number, row["epoch"])
                 elif name != "epoch":
                     self.writer.add_scalar(name, value, row["epoch"])
-        self.written = len(rows)
+        self.num_written = len(history)
         self.writer.flush()

@@ -17,7 +17,7 @@ from data.transforms import Augment, TrainTransform
 from tools.benchmark import plain
 from tools.benchmark.end_to_end import call
 from tools.benchmark.timing import interleaved
-from training.distributed import start_processes
+from training.distributed import init_distributed
 
 DRAWN_SIZE = 420  # px, about ImageNet's mean
 
@@ -135,7 +135,7 @@ def loader(args) -> dict:
 
 def device_part(args, batch: Sample) -> list[dict]:
     """RandAugment, normalisation and mixing of whole batches, where the network trains."""
-    device = start_processes().device
+    device = init_distributed().device
     augment = Augment(1000, seed=0, magnitude=9, mixup=0.2, cutmix=1.0)
     image, label = batch.image.to(device), batch.label.to(device)
 

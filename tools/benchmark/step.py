@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from data.images import Sample
 from models import build_model
 from tools.benchmark.timing import interleaved
-from training.distributed import start_processes
+from training.distributed import init_distributed
 from training.engine import Trainer, choose_precision
 from training.optim import make_sgd
 
 
 def make_step(name: str, *, plain: bool, batch_size: int, img_size: int) -> Callable[[int], None]:
     """One step of training (forward, backward, optimizer) on a batch that lies on the device."""
-    world = start_processes()
+    world = init_distributed()
     torch.manual_seed(0)
     model = build_model(name, 1000).to(world.device)
     batch = torch.randn(batch_size, 3, img_size, img_size, device=world.device)
