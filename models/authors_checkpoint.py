@@ -1,4 +1,4 @@
-"""Checkpoints under the names of the paper's authors, where every head is a module of its own."""
+"""Translate checkpoints of the paper's authors, where every head is a module of its own."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import Tensor
 from common.errors import UserError
 from models.stci import HEADS, REDUCED
 
+# Their prefixes and this project's: of the stem, of an STCI, and of one of its heads.
 STEM = {"stem.0.": "conv1.", "stem.1.": "bn1."}
 STCI = {
     "ais.fc.2.": "ais.fc1.",
@@ -25,12 +26,12 @@ HEAD = {
 }
 
 
-def is_authors(state: dict[str, Tensor]) -> bool:
+def has_authors_names(state: dict[str, Tensor]) -> bool:
     return any(name.startswith("stem.") or ".mhstci." in name for name in state)
 
 
-def from_authors(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under this project's names; UserError for what has no counterpart here."""
+def translate_names(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give a state dict this project's names; UserError for what has no counterpart here."""
     if not any(".mhstci." in name for name in state):
         raise UserError(
             f"{path} is the authors' twistnet18_first_order, which has no STCI at all: it is the "
@@ -41,26 +42,27 @@ def from_authors(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = re.fullmatch(r"(layer\d\.\d)\.mhstci\.(?:heads\.(\d)\.)?(.+)", name)
         if parts is None:
             tensor = tensor.reshape(()) if name.endswith(".gate") else tensor
-            ours[renamed(name, STEM)] = tensor
+            ours[rename(name, STEM)] = tensor
         elif parts[2] is None:
-            ours[f"{parts[1]}.stci.{renamed(parts[3], STCI)}"] = tensor
+            ours[f"{parts[1]}.stci.{rename(parts[3], STCI)}"] = tensor
         elif parts[3] in ("idx_i", "idx_j"):
             check_order(path, name, tensor)
         else:
-            key = f"{parts[1]}.stci.{renamed(parts[3], HEAD)}"
+            key = f"{parts[1]}.stci.{rename(parts[3], HEAD)}"
             heads.setdefault(key, {})[int(parts[2])] = tensor
-    return ours | {key: joined(path, key, found) for key, found in heads.items()}
+    return ours | {key: join_heads(path, key, found) for key, found in heads.items()}
 
 
-def renamed(name: str, table: dict[str, str]) -> str:
+def rename(name: str, table: dict[str, str]) -> str:
+    """Replace the first prefix of the table that the name starts with."""
     for theirs, new in table.items():
         if name.startswith(theirs):
             return new + name.removeprefix(theirs)
     return name
 
 
-def joined(path: Path, key: str, found: dict[int, Tensor]) -> Tensor:
-    """The four heads' tensors as one, head after head; a counter is the same in each."""
+def join_heads(path: Path, key: str, found: dict[int, Tensor]) -> Tensor:
+    """Concatenate the four heads' tensors; a BatchNorm's counter is the same in each of them."""
     if sorted(found) != list(range(HEADS)):
         raise UserError(f"{path}: {key} has heads {sorted(found)}, not 0 to {HEADS - 1}")
     tensors = [found[k] for k in range(HEADS)]
@@ -74,7 +76,7 @@ def joined(path: Path, key: str, found: dict[int, Tensor]) -> Tensor:
 
 
 def check_order(path: Path, name: str, index: Tensor) -> None:
-    """The products' order is part of the meaning of all that follows them."""
+    """Raise UserError for products in another order, which all later layers depend on."""
     i, j = torch.triu_indices(REDUCED, REDUCED)
     if not torch.equal(index.long(), i if name.endswith("idx_i") else j):
-        raise UserError(f"{path}: {name} orders the channel pairs otherwise than 0-0, 0-1, ...")
+        raise UserError(f"{path}: {name} has the channel pairs in another order than 0-0, 0-1, ...")

@@ -1,4 +1,9 @@
-"""ResNet-18 and SE-ResNet-18 from torchvision's parts, under torchvision's names."""
+"""ResNet-18 and SE-ResNet-18 from torchvision's parts, under torchvision's names.
+
+Sources: Deep Residual Learning for Image Recognition (He et al. 2016, arXiv:1512.03385);
+Squeeze-and-Excitation Networks (Hu et al. 2018, arXiv:1709.01507); Deep Networks with Stochastic
+Depth (Huang et al. 2016, arXiv:1603.09382).
+"""
 
 import torch
 import torch.nn as nn
@@ -9,11 +14,12 @@ from torchvision.ops import SqueezeExcitation, stochastic_depth
 
 
 class Block(BasicBlock):
-    """BasicBlock that in training leaves its branch out for a share of images, `drop_rate`."""
+    """torchvision's BasicBlock with stochastic depth, and its residual branch as a method."""
 
-    drop_rate = 0.0  # see set_stochastic_depth
+    drop_rate = 0.0  # share of images that skip the branch in training; see set_stochastic_depth
 
     def branch(self, x: Tensor) -> Tensor:
+        """The residual branch: [B, C_in, H, W] -> [B, C, H/stride, W/stride]."""
         return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -25,7 +31,7 @@ class Block(BasicBlock):
 
 
 class ResNet(torchvision_resnet.ResNet):
-    """Four stages of two blocks; `num_classes=0` returns the pooled features, B, 512."""
+    """Four stages of two blocks; with `num_classes=0` it returns the pooled features, [B, 512]."""
 
     num_features = 512
 
@@ -35,7 +41,7 @@ class ResNet(torchvision_resnet.ResNet):
             self.fc = nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Map images B, 3, H, W to the last stage's features B, 512, H/32, W/32."""
+        """Map images [B, 3, H, W] to the last stage's features [B, 512, H/32, W/32]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -56,9 +62,10 @@ class SEBasicBlock(Block):
 
 
 def set_stochastic_depth(model: nn.Module, rate: float) -> None:
-    """Leave out branches in training: none of the first block's, `rate` of the last's, evenly so.
+    """Let images skip residual branches in training, more often in later blocks.
 
-    As timm does, Huang et al. 2016, arXiv:1603.09382. Draws come from torch's generators.
+    The share of skipped images grows linearly from 0 in the first block to `rate` in the last, as
+    in timm (Huang et al. 2016, arXiv:1603.09382). It is drawn from torch's default generators.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for i, block in enumerate(blocks):

@@ -1,22 +1,22 @@
-"""Where pretrained weights come from, and what is said about them."""
+"""Find pretrained weights, load them, and print what was loaded."""
 
-import hashlib
-import json
-import pickle
-from collections.abc import Iterable
+import sys
 from http.client import HTTPException
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 from common.errors import UserError
+from common.files import read_json, sha256
 from models import MODELS
-from models.weights_file import HEAD, WeightsFile, misfit, read_bytes, read_weights, recognise
+from models.fitting import HEAD, check_head, load_fitting, misfit_error, recognise, shorten
+from models.weights_file import WeightsFile, read_bytes, read_weights
 
 SCRIPT_DIR = Path(__file__).resolve().parent.parent
 TITLES = {"resnet18": "ResNet-18", "seresnet18": "SE-ResNet-18"}  # all others are TwistNet
-# whose weights may fill a network in part
+# Networks that may be filled in part, and with whose weights.
 PARTIAL = {
     "seresnet18": "resnet18",
     "twistnet18_no_spiral": "twistnet18",
@@ -26,10 +26,14 @@ PARTIAL = {
 EARLY_LAYERS = ("conv1.", "bn1.", "layer1.", "layer2.")  # what TwistNet shares with ResNet-18
 TORCHVISION = ResNet18_Weights.IMAGENET1K_V1
 TORCHVISION_SOURCE = f"torchvision {TORCHVISION}"
+TORCHVISION_URL = TORCHVISION.url  # .../resnet18-f37072fd.pth: the start of its sha256
 
 
-def candidates(name: str) -> list[Path]:
-    """The files looked for, first choice first: own weights; TwistNet-18's for its ablations."""
+# ---------------------------------------------------------------- finding
+
+
+def candidate_paths(name: str) -> list[Path]:
+    """The files that "auto" looks for, in order; an ablation also takes TwistNet-18's."""
     names = [name]
     if PARTIAL.get(name) == "twistnet18":
         names.append("twistnet18")
@@ -42,17 +46,31 @@ def candidates(name: str) -> list[Path]:
 
 def find_weights(name: str) -> Path | None:
     """The weights file that "auto" uses for a network, or None for torchvision's ResNet-18."""
-    return next((path for path in candidates(name) if path.is_file()), None)
+    return next((path for path in candidate_paths(name) if path.is_file()), None)
+
+
+def resolve_path(name: str, pretrained: str) -> Path | None:
+    """The file that "auto" or a path stands for; None for torchvision's. UserError if missing."""
+    if pretrained == "auto":
+        return find_weights(name)
+    path = Path(pretrained)
+    if not path.is_file():
+        problem = "this is a folder, not a file" if path.is_dir() else "there is no such file"
+        raise UserError(f"--pretrained {pretrained}: {problem} (give a path, auto, or none)")
+    return path
 
 
 def weights_identity(name: str, pretrained: str = "auto") -> dict[str, str | None]:
     """What load_pretrained would load, {"source", "sha256"}, without building anything."""
     if pretrained == "none":
         return {"source": "none", "sha256": None}
-    path = find_weights(name) if pretrained == "auto" else given(pretrained)
+    path = resolve_path(name, pretrained)
     if path is None:
         return {"source": TORCHVISION_SOURCE, "sha256": None}
-    return {"source": str(path), "sha256": hashlib.sha256(read_bytes(path)).hexdigest()}
+    return {"source": str(path), "sha256": sha256(read_bytes(path))}
+
+
+# ---------------------------------------------------------------- loading
 
 
 def load_pretrained(
@@ -72,52 +90,59 @@ def load_pretrained(
     pretrained = str(pretrained)
     if pretrained == "none":
         return {"source": "none", "sha256": None, "tensors_loaded": 0}
-    path = find_weights(name) if pretrained == "auto" else given(pretrained)
+    path = resolve_path(name, pretrained)
     if path is None:
         return load_torchvision(model, name, keep_head=keep_head)
+
     title = TITLES.get(name, "TwistNet")
     if pretrained == "auto":
         print(f"[Auto-detected] Found {title} weights: {path}", flush=True)
     file = read_weights(path)
-    # a head that is kept belongs to the whole network, not to a part of it
-    allowed = (name,) if keep_head else (name, PARTIAL.get(name, name))
-    if recognise(file.tensors, allowed) is None:
-        raise misfit(file, name)
+    # A classifier that is kept belongs to the whole network, not to a part of it.
+    accepted = (name,) if keep_head else (name, PARTIAL.get(name, name))
+    if recognise(file.tensors, accepted) is None:
+        raise misfit_error(path, file.tensors, name)
     if keep_head:
         check_head(model, path, file.tensors)
-    loaded = fill(model, file.tensors, keep_head=keep_head)
+    loaded = load_fitting(model, file.tensors, keep_head=keep_head)
+
     print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {path}", flush=True)
-    print(f"[{title} Pretrained] {described(file)}", flush=True)
+    print(f"[{title} Pretrained] {describe(file)}", flush=True)
+    if file.ema:
+        print(f"[{title} Pretrained] {file.ema}", flush=True)
     print_left_out(title, model, file.tensors, loaded)
     return {"source": str(path), "sha256": file.sha256, "tensors_loaded": len(loaded)}
 
 
 def load_trained(path: str | Path) -> tuple[nn.Module, dict]:
-    """A trained network with its classifier, in eval mode, from a checkpoint or weights file.
+    """Load a trained network with its classifier, in eval mode, from a checkpoint or weights file.
 
-    The dict: model, num_classes, classes (names, or None), record (the JSON beside the weights, or
-    None), config (what it was trained with, by the checkpoint or else by the JSON), path, sha256.
+    The dict has: model, num_classes, classes (names, or None), record (the JSON beside the weights,
+    or None), config (the training configuration of the checkpoint, or else of the JSON), path,
+    sha256. Raises UserError for a file that contains none of the networks.
     """
     file = read_weights(Path(path))
-    name = recognise(file.tensors, tuple(MODELS))
+    name = recognise(file.tensors, MODELS)
     if name is None:
         claimed = str((file.config or {}).get("model"))
-        raise misfit(file, claimed if claimed in MODELS else "twistnet18")
-    if file.tensors.get(HEAD[0]) is None or file.tensors[HEAD[0]].dim() != 2:
-        raise UserError(f"{file.path} has no classifier (fc.weight): nothing to classify with")
-    classes = len(file.tensors[HEAD[0]])
-    model = MODELS[name](classes)
+        name = claimed if claimed in MODELS else "twistnet18"
+        raise misfit_error(file.path, file.tensors, name)
+    num_classes = count_classes(file)
+    model = MODELS[name](num_classes)
     check_head(model, file.path, file.tensors)
-    fill(model, file.tensors, keep_head=True)
-    record = read_record(file)
-    record = record if isinstance(record, dict) else None
+    load_fitting(model, file.tensors, keep_head=True)
+    if file.ema:
+        print(file.ema, file=sys.stderr)
+
+    # What is known about the training: the checkpoint's own configuration, or the JSON's recipe.
+    record, _ = read_record(file)
     recipe = (record or {}).get("recipe")
     recorded = {**(record or {}), **(recipe if isinstance(recipe, dict) else {})}
     names = file.classes or (record or {}).get("class_names")
     return model.eval(), {
         "model": name,
-        "num_classes": classes,
-        "classes": names if isinstance(names, list) and len(names) == classes else None,
+        "num_classes": num_classes,
+        "classes": names if isinstance(names, list) and len(names) == num_classes else None,
         "config": file.config or recorded,
         "record": record,
         "path": str(file.path),
@@ -125,45 +150,67 @@ def load_trained(path: str | Path) -> tuple[nn.Module, dict]:
     }
 
 
+def count_classes(file: WeightsFile) -> int:
+    """The number of classes of a file's classifier; UserError where it has none."""
+    weight = file.tensors.get(HEAD[0])
+    if weight is None or weight.dim() != 2:
+        raise UserError(f"{file.path} has no classifier (fc.weight), so its classes are unknown")
+    return len(weight)
+
+
+# ---------------------------------------------------------------- torchvision's ResNet-18
+
+
 def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
     """Load torchvision's ResNet-18: whole, all but SE, or for TwistNet the early layers."""
-    tensors = fetch_torchvision(name)
+    if keep_head and name != "resnet18":
+        raise UserError(f"no weights for {name} with a classifier: give --pretrained PATH")
+    file = fetch_torchvision(name)
     if keep_head:
-        if name != "resnet18":
-            raise UserError(f"no weights for {name} with a classifier: give --pretrained PATH")
-        check_head(model, Path(TORCHVISION.url), tensors)
+        check_head(model, file.path, file.tensors)
     if name in TITLES:
-        loaded = load_resnet(model, name, tensors, keep_head=keep_head)
+        loaded = load_resnet(model, name, file.tensors, keep_head=keep_head)
     else:
-        loaded = load_twistnet_stem(model, name, tensors)
-    print_left_out(TITLES.get(name, "TwistNet"), model, tensors, loaded)
+        loaded = load_twistnet_stem(model, name, file.tensors)
+    print_left_out(TITLES.get(name, "TwistNet"), model, file.tensors, loaded)
     return {"source": TORCHVISION_SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
 
 
-def fetch_torchvision(name: str) -> dict[str, Tensor]:
-    """torchvision's ResNet-18 weights, from torch.hub's cache or the network."""
-    try:
-        tensors = TORCHVISION.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        looked = " and ".join(map(str, candidates(name)))
+def fetch_torchvision(name: str) -> WeightsFile:
+    """Read torchvision's ResNet-18 weights from torch.hub's cache; download them if needed.
+
+    torch.hub checks a file's hash when it downloads it, not when it finds it in the cache. Here it
+    is checked always, because the accuracy that is printed is that of the published file.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name)
+    hash_prefix = path.stem.rpartition("-")[2]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(TORCHVISION_URL, str(path), hash_prefix)
+        except (OSError, HTTPException, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            looked = " and ".join(map(str, candidate_paths(name)))
+            raise UserError(
+                f"no weights for {name}: looked for {looked}, and {TORCHVISION_SOURCE} could not "
+                f"be downloaded ({reason}); run pretrain_imagenet.py --model {name}, give "
+                "--pretrained PATH, or train from scratch with --pretrained none"
+            ) from None
+    found = sha256(read_bytes(path))
+    if not found.startswith(hash_prefix):
         raise UserError(
-            f"no weights for {name}: looked for {looked}, and {TORCHVISION_SOURCE} could not "
-            f"be downloaded ({reason}); run pretrain_imagenet.py --model {name}, give "
-            "--pretrained PATH, or train from scratch with --pretrained none"
-        ) from None
-    if recognise(tensors, ("resnet18",)) is None:
-        file = Path(TORCHVISION.url).name
-        raise UserError(f"torch.hub's {file} is no ResNet-18: delete it, and it is fetched again")
-    return tensors
+            f"{path} is damaged or is not the file that torchvision published (its sha256 starts "
+            f"with {found[: len(hash_prefix)]}): delete it, and it will be downloaded again"
+        )
+    return read_weights(path)
 
 
 def load_resnet(
     model: nn.Module, name: str, tensors: dict[str, Tensor], *, keep_head: bool
 ) -> list[str]:
-    """Load all that fits into ResNet-18 or SE-ResNet-18; the names of the tensors loaded."""
+    """Load all that fits into ResNet-18 or SE-ResNet-18; return the names of these tensors."""
     title = TITLES[name]
-    loaded = fill(model, tensors, keep_head=keep_head)
+    loaded = load_fitting(model, tensors, keep_head=keep_head)
     print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {TORCHVISION_SOURCE}", flush=True)
     scores = TORCHVISION.meta["_metrics"]["ImageNet-1K"]
     print(
@@ -175,111 +222,65 @@ def load_resnet(
 
 
 def load_twistnet_stem(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> list[str]:
-    """Load the stem, layer1 and layer2 alone, and warn; the names of the tensors loaded."""
+    """Load only the stem, layer1 and layer2, and warn; return the names of these tensors."""
     early = {k: x for k, x in tensors.items() if k.startswith(EARLY_LAYERS)}
-    loaded = fill(model, early, keep_head=False)
+    loaded = load_fitting(model, early, keep_head=False)
     parameters = {key: p.numel() for key, p in model.named_parameters()}
     count = sum(parameters.get(key, 0) for key in loaded)
     total = sum(parameters.values())
+    looked = ", ".join(map(str, candidate_paths(name)))
     print(
-        f"[ResNet-18 Fallback] WARNING: no TwistNet weights "
-        f"({', '.join(map(str, candidates(name)))}); "
-        f"only stem, layer1 and layer2 come from {TORCHVISION_SOURCE}: {len(loaded)} tensors, "
-        f"{count:,} of {total:,} parameters = {100 * count / total:.1f} %. This is not "
-        "recommended: run pretrain_imagenet.py first.",
+        f"[ResNet-18 Fallback] WARNING: no TwistNet weights ({looked}); only stem, layer1 and "
+        f"layer2 come from {TORCHVISION_SOURCE}: {len(loaded)} tensors, {count:,} of {total:,} "
+        f"parameters = {100 * count / total:.1f} %. This is not recommended: run "
+        "pretrain_imagenet.py first.",
         flush=True,
     )
     return loaded
 
 
-def fill(model: nn.Module, tensors: dict[str, Tensor], *, keep_head: bool) -> list[str]:
-    """Load every tensor whose name and shape fit, the classifier's only with keep_head."""
-    own = model.state_dict()
-    fitting = {
-        name: x
-        for name, x in tensors.items()
-        if name in own and x.shape == own[name].shape and (keep_head or name not in HEAD)
-    }
-    if not fitting:
-        raise UserError("the weights have no tensor that fits the network: 0 layers loaded")
-    model.load_state_dict(fitting, strict=False)
-    return list(fitting)
+# ---------------------------------------------------------------- what is printed
 
 
-def check_head(model: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
-    own = model.state_dict()
-    for name in HEAD:
-        have = tuple(tensors[name].shape) if name in tensors else "missing"
-        want = tuple(own[name].shape) if name in own else "none"
-        if have != want:
-            raise UserError(f"{path}: {name} is {have}, the network's is {want}: other classes")
-
-
-def given(pretrained: str) -> Path:
-    path = Path(pretrained)
-    if not path.is_file():
-        raise UserError(f"--pretrained {pretrained}: no such file (or give auto, or none)")
-    return path
-
-
-def read_record(file: WeightsFile) -> dict | str:
-    """The JSON beside a weights file, or what is wrong with it."""
+def read_record(file: WeightsFile) -> tuple[dict | None, str]:
+    """The JSON beside a weights file, or None and the reason why there is none for this file."""
     path = file.path.with_suffix(".json")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"no {path.name} beside it"
-    except (OSError, ValueError):
-        return f"{path.name} cannot be read"
-    if not isinstance(record, dict):
-        return f"{path.name} cannot be read"
+    if not path.exists():
+        return None, f"no {path.name} beside it"
+    record = read_json(path)
+    if record is None:
+        return None, f"{path.name} cannot be read"
     if record.get("sha256") != file.sha256:
-        return f"{path.name} belongs to another file (its sha256 differs)"
-    return record
+        return None, f"{path.name} belongs to another file (its sha256 differs)"
+    return record, ""
 
 
-def described(file: WeightsFile) -> str:
-    """Classes, epochs and accuracy in one line: nobody shall fine-tune a toy for the real thing."""
+def describe(file: WeightsFile) -> str:
+    """Classes, epochs and accuracy in a line: test weights must not be mistaken for real ones."""
     if file.config is not None:
         classes = "unknown" if file.classes is None else len(file.classes)
         return f"A training checkpoint: model {file.config.get('model')}, {classes} classes"
-    record = read_record(file)
-    if isinstance(record, dict):
-        try:
-            return (
-                f"{record['classes']:d} classes, {record['epochs']:d} epochs, "
-                f"top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %"
-            )
-        except (KeyError, TypeError, ValueError):
-            record = f"{file.path.stem}.json cannot be read"
-    return f"Classes, epochs and accuracy unknown: {record}"
+    record, problem = read_record(file)
+    try:
+        return (
+            f"{record['classes']:d} classes, {record['epochs']:d} epochs, "
+            f"top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %"
+        )
+    except (KeyError, TypeError, ValueError):
+        problem = problem or f"{file.path.stem}.json cannot be read"
+        return f"Classes, epochs and accuracy unknown: {problem}"
 
 
 def print_left_out(
     title: str, model: nn.Module, tensors: dict[str, Tensor], loaded: list[str]
 ) -> None:
-    """Name what the file has and the network did not take, and what starts new in the network."""
+    """Name the tensors of the file that were not loaded, and those of the network that are new."""
+    own = model.state_dict()
     unused = [name for name in tensors if name not in loaded]
-    new = [
-        name
-        for name in model.state_dict()
-        if name not in loaded and not name.endswith(".num_batches_tracked")
-    ]
+    new = [n for n in own if n not in loaded and not n.endswith(".num_batches_tracked")]
     for text, names, among in (
         ("Left out of the file", unused, tensors),
-        ("New in the network", new, model.state_dict()),
+        ("New in the network", new, own),
     ):
         if names:
-            print(f"[{title} Pretrained] {text}: {', '.join(shortened(names, among))}", flush=True)
-
-
-def shortened(names: list[str], among: Iterable[str]) -> list[str]:
-    """The names, with a whole module of `among` written as one `module.*`."""
-    kept = set(among) - set(names)
-    short = {}
-    for name in names:
-        parts = name.split(".")
-        stems = (".".join(parts[:i]) + "." for i in range(1, len(parts)))
-        stem = next((s for s in stems if not any(k.startswith(s) for k in kept)), None)
-        short[name if stem is None else stem + "*"] = None
-    return list(short)
+            print(f"[{title} Pretrained] {text}: {', '.join(shorten(names, among))}", flush=True)

@@ -19,21 +19,21 @@ def load(name, **flags):
 
 
 def save(name, num_classes, path):
-    """Weights of a new network; its state dict."""
+    """Save the weights of a new network and return its state dict."""
     state = build_model(name, num_classes).state_dict()
     path.parent.mkdir(exist_ok=True)
     torch.save(state, path)
     return state
 
 
-def same(model, state, *, head=True):
+def has_weights(model, state, *, head=True):
     own = model.state_dict()
     return {key for key in state if key in own and not torch.equal(own[key], state[key])} == (
         set() if head else {"fc.weight", "fc.bias"}
     )
 
 
-def test_the_file_offers_the_six_networks_and_nothing_else():
+def test_hubconf_offers_the_six_networks_and_nothing_else():
     offered = [
         name
         for name in dir(hubconf)  # as torch.hub.list finds them on GitHub
@@ -43,8 +43,15 @@ def test_the_file_offers_the_six_networks_and_nothing_else():
     assert hubconf.dependencies == ["torch", "torchvision"]
 
 
+def test_every_network_has_a_docstring_for_torch_hub_help():
+    for name in MODELS:
+        text = getattr(hubconf, name).__doc__
+        assert "ResNet-18" in text or "TwistNet-18" in text
+        assert "num_classes  Left out:" in text and "normalised" in text
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_every_network_by_name(name):
+def test_every_network_loads_by_name(name):
     model = load(name, num_classes=0).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -54,7 +61,7 @@ def test_every_network_by_name(name):
     assert torch.allclose(model(images), features.mean((2, 3)), atol=1e-5)
 
 
-def test_a_new_network_has_1000_classes_unless_told():
+def test_a_new_network_has_1000_classes_by_default():
     assert load("resnet18").fc.out_features == 1000
     assert load("resnet18", num_classes=7).fc.out_features == 7
 
@@ -63,21 +70,21 @@ def test_a_new_network_has_1000_classes_unless_told():
     "pretrained",
     [True, "auto", "weights/twistnet18_imagenet.pt", Path("weights/twistnet18_imagenet.pt")],
 )
-def test_trained_weights_with_their_classifier_or_a_new_one(pretrained):
+def test_trained_weights_come_with_their_classifier_or_a_new_one(pretrained):
     state = save("twistnet18", 5, Path("weights/twistnet18_imagenet.pt"))
-    assert same(load("twistnet18", pretrained=pretrained), state)
-    assert same(load("twistnet18", pretrained=pretrained, num_classes=5), state, head=False)
+    assert has_weights(load("twistnet18", pretrained=pretrained), state)
+    assert has_weights(load("twistnet18", pretrained=pretrained, num_classes=5), state, head=False)
     assert load("twistnet18", pretrained=pretrained, num_classes=9).fc.out_features == 9
 
 
-def test_an_ablation_takes_twistnets_layers_but_not_its_classifier():
+def test_an_ablation_loads_twistnets_layers_without_its_classifier():
     state = save("twistnet18", 5, Path("weights/twistnet18_imagenet.pt"))
-    assert same(load("twistnet18_no_ais", pretrained=True, num_classes=5), state, head=False)
-    with pytest.raises(UserError, match="it holds twistnet18"):
+    assert has_weights(load("twistnet18_no_ais", pretrained=True, num_classes=5), state, head=False)
+    with pytest.raises(UserError, match="it contains twistnet18"):
         load("twistnet18_no_ais", pretrained=True)
 
 
-def test_what_cannot_be_had_is_one_error():
+def test_missing_files_and_classifiers_are_one_line_errors():
     with pytest.raises(UserError, match="none.pt"):
         load("twistnet18", pretrained="none.pt")
     state = save("resnet18", 4, Path("headless.pt"))
@@ -88,7 +95,7 @@ def test_what_cannot_be_had_is_one_error():
     assert load("resnet18", pretrained="headless.pt", num_classes=3).fc.out_features == 3
 
 
-def test_another_package_named_models_is_named(tmp_path):
+def test_another_package_named_models_is_an_error_that_names_it(tmp_path):
     (tmp_path / "models.py").write_text("")
     done = subprocess.run(
         [

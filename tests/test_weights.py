@@ -1,4 +1,4 @@
-"""Where weights come from, what is printed about them, and which files are refused."""
+"""models/weights.py: where weights come from, what is printed, and which files are refused."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ FILE = Path("weights/twistnet18_imagenet.pt")
 
 @pytest.fixture(scope="module")
 def states():
-    """One state dict of 10 classes a network, built when it is asked for."""
+    """One state dict of 10 classes per network, built when a test asks for it."""
     built = {}
 
     def state(name):
@@ -40,7 +40,7 @@ def states():
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
+def folders(tmp_path, monkeypatch):
     """Every test runs in an empty folder, with an empty script folder and no network."""
     (tmp_path / "here" / "weights").mkdir(parents=True)
     (tmp_path / "script" / "weights").mkdir(parents=True)
@@ -62,11 +62,14 @@ def save(state, path=FILE, **record):
         Path(path).with_suffix(".json").write_text(json.dumps(record))
 
 
-def torchvision_cache(tmp_path, state):
-    """Put a state dict where torch.hub keeps torchvision's ResNet-18."""
+def fill_torchvision_cache(monkeypatch, tmp_path, state):
+    """Put a state dict where torch.hub keeps torchvision's ResNet-18, as the published file."""
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    torch.save(state, folder / Path(ResNet18_Weights.IMAGENET1K_V1.url).name)
+    torch.save(state, folder / "x.pth")
+    digest = hashlib.sha256((folder / "x.pth").read_bytes()).hexdigest()
+    (folder / "x.pth").rename(folder / f"resnet18-{digest[:8]}.pth")
+    monkeypatch.setattr(weights, "TORCHVISION_URL", f"https://host/resnet18-{digest[:8]}.pth")
 
 
 def load(name, num_classes, pretrained="auto", *, keep_head=False):
@@ -75,7 +78,7 @@ def load(name, num_classes, pretrained="auto", *, keep_head=False):
     return model, load_pretrained(model, name, pretrained, keep_head=keep_head)
 
 
-def same(model, state, names):
+def has_weights(model, state, names):
     own = model.state_dict()
     return all(torch.equal(own[name], state[name]) for name in names)
 
@@ -98,7 +101,7 @@ def test_own_weights_are_found_and_reported_to_the_letter(states, capsys):
         "[TwistNet Pretrained] Left out of the file: fc.*",
         "[TwistNet Pretrained] New in the network: fc.*",
     ]
-    assert same(model, state, body)
+    assert has_weights(model, state, body)
     digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
     assert origin == {"source": str(FILE), "sha256": digest, "tensors_loaded": len(body)}
     assert weights_identity("twistnet18") == {"source": str(FILE), "sha256": digest}
@@ -109,13 +112,13 @@ def test_the_trained_ais_layers_are_loaded(states):
     save(state)
     names = [name for name in state if ".ais.fc" in name]
     assert len(names) == 16
-    assert same(load("twistnet18", 3)[0], state, names)
+    assert has_weights(load("twistnet18", 3)[0], state, names)
 
 
 @pytest.mark.parametrize(
     ("name", "title"), [("resnet18", "ResNet-18"), ("seresnet18", "SE-ResNet-18")]
 )
-def test_the_baselines_own_files_have_their_names(name, title, states, capsys):
+def test_the_baselines_own_files_are_reported_under_their_names(name, title, states, capsys):
     save(states(name), f"weights/{name}_imagenet.pt")
     load(name, 3)
     lines = capsys.readouterr().out.splitlines()
@@ -125,8 +128,8 @@ def test_the_baselines_own_files_have_their_names(name, title, states, capsys):
     )
 
 
-def test_weights_are_looked_for_here_then_beside_the_script(elsewhere):
-    script = elsewhere / "script" / "weights"
+def test_weights_are_looked_for_here_then_beside_the_script(folders):
+    script = folders / "script" / "weights"
     places = [
         script / "twistnet18_imagenet.pt",
         Path("weights/twistnet18_imagenet.pt"),
@@ -149,7 +152,7 @@ def test_weights_are_looked_for_here_then_beside_the_script(elsewhere):
         ("twistnet18_first_order", "layer3.0.stci.proj.*"),
     ],
 )
-def test_ablations_take_what_fits_of_twistnet18(name, left_out, states, capsys):
+def test_ablations_load_what_fits_of_twistnet18(name, left_out, states, capsys):
     state = states("twistnet18")
     save(state)
     model, origin = load(name, 47)
@@ -157,7 +160,7 @@ def test_ablations_take_what_fits_of_twistnet18(name, left_out, states, capsys):
     fitting = [
         k for k in own if k in state and state[k].shape == own[k].shape and not k.startswith("fc.")
     ]
-    assert same(model, state, fitting)
+    assert has_weights(model, state, fitting)
     assert origin["tensors_loaded"] == len(fitting)
     out = capsys.readouterr().out
     assert f"[TwistNet Pretrained] Loaded {len(fitting)} layers from {FILE}\n" in out
@@ -165,7 +168,7 @@ def test_ablations_take_what_fits_of_twistnet18(name, left_out, states, capsys):
 
 
 @pytest.mark.parametrize("record", ["missing", "unreadable", "list", "other sha256", "no accuracy"])
-def test_one_line_says_when_nothing_is_known(record, states, capsys):
+def test_unknown_accuracy_is_one_line_with_the_reason(record, states, capsys):
     save(states("twistnet18"))
     digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
     text = {
@@ -183,50 +186,78 @@ def test_one_line_says_when_nothing_is_known(record, states, capsys):
     assert reason.get(record, "cannot be read") in line and "41" not in line
 
 
-def test_torchvisions_weights_for_resnet18(states, elsewhere, capsys):
+def test_resnet18_gets_torchvisions_weights(states, folders, capsys, monkeypatch):
     state = {k: x for k, x in states("resnet18").items() if "num_batches" not in k}
-    torchvision_cache(elsewhere, state)
+    fill_torchvision_cache(monkeypatch, folders, state)
     model, origin = load("resnet18", 47)
-    assert same(model, state, [name for name in state if not name.startswith("fc.")])
+    assert has_weights(model, state, [name for name in state if not name.startswith("fc.")])
     assert origin["sha256"] is None and origin["tensors_loaded"] == 100
     assert weights_identity("resnet18") == {"source": origin["source"], "sha256": None}
     assert "torchvision" in origin["source"]
     assert "[ResNet-18 Pretrained] Loaded 100 layers from torchvision" in capsys.readouterr().out
 
 
-def test_torchvisions_weights_for_seresnet18_leave_se_new(states, elsewhere, capsys):
+def test_seresnet18_gets_torchvisions_weights_but_new_se(states, folders, capsys, monkeypatch):
     state = states("resnet18")
-    torchvision_cache(elsewhere, state)
+    fill_torchvision_cache(monkeypatch, folders, state)
     model, origin = load("seresnet18", 47)
-    assert same(model, state, [name for name in state if not name.startswith("fc.")])
+    assert has_weights(model, state, [name for name in state if not name.startswith("fc.")])
     new = re.search("New in the network: (.*)", capsys.readouterr().out)[1].split(", ")
     assert len(new) == 9 and new[0] == "layer1.0.se.*" and new[-1] == "fc.*"
 
 
-def test_a_wrong_file_in_torchvisions_place_is_refused(states, elsewhere):
-    torchvision_cache(elsewhere, dict(list(states("resnet18").items())[:50]))
-    with torch.device("meta"), pytest.raises(UserError, match="resnet18-.* is no ResNet-18"):
-        load("twistnet18", 3)
+@pytest.mark.parametrize("content", ["foreign", "torn", "web page", "empty"])
+@pytest.mark.parametrize("name", ["resnet18", "twistnet18"])
+def test_another_file_under_torch_hubs_name_is_refused(name, content, folders, capsys):
+    """Random weights must not be reported with the accuracy of the published ones."""
+    path = folders / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    assert path.name == Path(ResNet18_Weights.IMAGENET1K_V1.url).name
+    path.parent.mkdir(parents=True)
+    torch.save({"conv1.weight": torch.ones(64, 3, 7, 7)}, path)
+    foreign = path.read_bytes()
+    other = {"torn": foreign[:200], "web page": b"<html></html>", "empty": b""}
+    path.write_bytes(other.get(content, foreign))
+    with torch.device("meta"):
+        model = build_model(name, 3)
+    with pytest.raises(UserError) as error:
+        load_pretrained(model, name)
+    message = str(error.value)
+    assert message.startswith(f"{path} is damaged or is not the file that torchvision published")
+    assert "delete it, and it will be downloaded again" in message
+    assert capsys.readouterr().out == ""
 
 
-def test_a_head_is_not_kept_on_a_part(states):
+def test_torchvisions_weights_are_downloaded_with_their_hash(folders, monkeypatch):
+    asked = []
+
+    def download(url, path, hash_prefix):
+        asked.append((url, hash_prefix))
+        Path(path).write_bytes(b"x")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    with torch.device("meta"), pytest.raises(UserError, match="published"):
+        load("resnet18", 3)
+    assert asked == [(ResNet18_Weights.IMAGENET1K_V1.url, "f37072fd")]
+
+
+def test_a_classifier_is_not_kept_on_a_partly_loaded_network(states):
     save(states("twistnet18"))
-    with torch.device("meta"), pytest.raises(UserError, match="it holds twistnet18"):
+    with torch.device("meta"), pytest.raises(UserError, match="it contains twistnet18"):
         load("twistnet18_no_ais", CLASSES, keep_head=True)
 
 
-def test_seresnet18_takes_a_resnet18_file(states):
+def test_seresnet18_loads_a_resnet18_file(states):
     save(states("resnet18"), "r.pt")
     assert load("seresnet18", 3, "r.pt")[1]["tensors_loaded"] == 120
 
 
 @pytest.mark.parametrize("name", ["twistnet18", "twistnet18_no_ais"])
-def test_the_fallback_takes_the_early_layers_and_warns(name, states, elsewhere, capsys):
+def test_the_fallback_loads_the_early_layers_and_warns(name, states, folders, capsys, monkeypatch):
     state = states("resnet18")
-    torchvision_cache(elsewhere, state)
+    fill_torchvision_cache(monkeypatch, folders, state)
     model, origin = load(name, 1000)
     early = [k for k in state if k.startswith(("conv1", "bn1", "layer1.", "layer2."))]
-    assert same(model, state, early)
+    assert has_weights(model, state, early)
     assert origin["tensors_loaded"] == len(early)
     assert not torch.equal(model.layer3[0].conv1.weight, state["layer3.0.conv1.weight"])
     out = capsys.readouterr().out
@@ -240,17 +271,17 @@ def test_the_fallback_takes_the_early_layers_and_warns(name, states, elsewhere, 
     assert "Left out of the file: layer3.*, layer4.*, fc.*" in out
 
 
-def test_no_weights_and_no_network_is_one_clear_error(elsewhere):
+def test_no_weights_and_no_internet_is_one_clear_error(folders):
     for name in MODELS:
         with torch.device("meta"), pytest.raises(UserError) as error:
             load(name, 10)
         message = str(error.value)
         assert f"weights/{name}_imagenet.pt" in message
-        assert str(elsewhere / "script" / "weights" / f"{name}_imagenet.pt") in message
+        assert str(folders / "script" / "weights" / f"{name}_imagenet.pt") in message
         assert "--pretrained none" in message and "\n" not in message
 
 
-def test_none_starts_new_whatever_lies_there(states, capsys):
+def test_none_loads_nothing_whatever_files_there_are(states, capsys):
     save(states("twistnet18"))
     model, origin = load("twistnet18", 10, "none")
     assert origin == {"source": "none", "sha256": None, "tensors_loaded": 0}
@@ -261,8 +292,8 @@ def test_none_starts_new_whatever_lies_there(states, capsys):
 def test_the_classifier_starts_new_unless_it_is_kept(states):
     state = states("resnet18")
     save(state, "r.pt")
-    assert not same(load("resnet18", CLASSES, "r.pt")[0], state, ["fc.weight"])
-    assert same(load("resnet18", CLASSES, "r.pt", keep_head=True)[0], state, list(state))
+    assert not has_weights(load("resnet18", CLASSES, "r.pt")[0], state, ["fc.weight"])
+    assert has_weights(load("resnet18", CLASSES, "r.pt", keep_head=True)[0], state, list(state))
     with pytest.raises(UserError, match=r"r.pt: fc.weight is \(10, 512\).*\(11, 512\)"):
         load("resnet18", 11, "r.pt", keep_head=True)
     assert load("resnet18", 0, "r.pt")[1]["tensors_loaded"] == 120
@@ -277,17 +308,18 @@ def test_the_classifier_starts_new_unless_it_is_kept(states):
         ("_orig_mod.module.", "model"),
     ],
 )
-def test_wrapped_files_are_opened(prefix, key, states):
+def test_wrapped_files_are_unwrapped(prefix, key, states):
     state = states("resnet18")
     wrapped = {prefix + name: x for name, x in state.items()}
     save(wrapped if key is None else {key: wrapped, "epoch": 3}, "w.pt")
     model, origin = load("resnet18", CLASSES, "w.pt", keep_head=True)
-    assert same(model, state, list(state))
+    assert has_weights(model, state, list(state))
 
 
-def refused(path, name="twistnet18"):
+def error_of(path, name="twistnet18"):
+    """The error of a file that must be refused: one line that names it."""
     with torch.device("meta"):
-        model = MODELS[name](CLASSES)  # it is refused before anything is written to it
+        model = MODELS[name](CLASSES)  # the file is refused before anything is loaded
     with pytest.raises(UserError) as error:
         weights.load_pretrained(model, name, str(path), keep_head=False)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
@@ -309,9 +341,9 @@ class EvilCall:
 def test_a_file_that_carries_code_is_refused_and_runs_nothing(evil, old_format, states):
     content = {"model": {"conv1.weight": torch.zeros(1)}, "config": evil()}
     torch.save(content, "evil.pt", _use_new_zipfile_serialization=not old_format)
-    assert "carries code" in refused("evil.pt")
+    assert "carries code" in error_of("evil.pt")
     Path("evil.pt").write_bytes(pickle.dumps(evil(), protocol=2))
-    refused("evil.pt")
+    error_of("evil.pt")
     for read in (load_trained, lambda path: load("resnet18", 10, path, keep_head=True)):
         with pytest.raises(UserError):
             read("evil.pt")
@@ -324,7 +356,7 @@ def test_damaged_files_are_refused(states):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 4
     Path("flipped.pt").write_bytes(flipped)
-    assert "checksum" in refused("flipped.pt")
+    assert "checksum" in error_of("flipped.pt")
     Path("torn.pt").write_bytes(whole[: len(whole) // 2])
     Path("empty.pt").write_bytes(b"")
     Path("text.pt").write_text("404: Not Found")
@@ -333,18 +365,12 @@ def test_damaged_files_are_refused(states):
         file.writestr("readme.txt", "a zip of something else")
     Path("zip.pt").write_bytes(buffer.getvalue())
     for path in ("torn.pt", "empty.pt", "text.pt", "zip.pt"):
-        assert "damaged or no weights file" in refused(path)
+        assert "is damaged" in error_of(path)
 
 
-def test_files_without_a_state_dict_are_refused():
-    for content in ({}, [torch.ones(1)], {"model": {}}, {"epoch": 3}, torch.ones(2)):
-        torch.save(content, "x.pt")
-        assert "no state dict" in refused("x.pt")
-
-
-def test_a_path_that_is_not_there_is_refused():
+def test_a_path_without_a_file_is_refused():
     for path in ("nothing.pt", "weights"):
-        assert "--pretrained" in refused(path)
+        assert "--pretrained" in error_of(path)
         with pytest.raises(UserError):
             weights_identity("resnet18", path)
 
@@ -355,42 +381,42 @@ def test_tensors_that_are_not_finite_are_named(states):
         state[name] = state[name].clone()
         state[name].view(-1)[1] = value
     save(state, "nan.pt")
-    message = refused("nan.pt")
+    message = error_of("nan.pt")
     assert f"2 of {len(state)} tensors are not finite (conv1.weight, fc.bias)" in message
 
 
 def test_another_architecture_is_named_with_its_tensors(states):
     save(states("resnet18"), "r.pt")
-    message = refused("r.pt")
-    # four gates and in each STCI 22 tensors but the two BatchNorms' counters
+    message = error_of("r.pt")
+    # Four gates, and in each STCI 22 tensors without the counters of its two BatchNorms.
     assert "missing (layer3.0.gate, layer3.0.stci.reduce.weight," in message
-    assert message.endswith("it holds resnet18")
+    assert message.endswith("it contains resnet18")
     save(states("twistnet18"), "t.pt")
-    assert "unexpected (layer3.0.gate" in refused("t.pt", "resnet18")
+    assert "unexpected (layer3.0.gate" in error_of("t.pt", "resnet18")
     save(states("twistnet18_no_ais"), "n.pt")
-    assert "16 missing (layer3.0.stci.ais.fc1.weight" in refused("n.pt")
-    assert "twistnet18_no_ais" in refused("n.pt", "twistnet18_no_spiral")
+    assert "16 missing (layer3.0.stci.ais.fc1.weight" in error_of("n.pt")
+    assert "twistnet18_no_ais" in error_of("n.pt", "twistnet18_no_spiral")
 
 
 def test_half_a_state_dict_is_refused(states):
     state = states("resnet18")
     half = dict(list(state.items())[:61])
     save(half, "half.pt")
-    message = refused("half.pt", "resnet18")
+    message = error_of("half.pt", "resnet18")
     counters = [k for k in state if k not in half and k.endswith("num_batches_tracked")]
-    assert f"{len(state) - 61 - 2 - len(counters)} missing (" in message  # fc's two may be left out
+    assert f"{len(state) - 61 - 2 - len(counters)} missing (" in message  # fc's two may be missing
 
 
 def test_misshapen_tensors_are_named_with_both_shapes(states):
     state = states("resnet18")
     state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
     save(state, "small.pt")
-    message = refused("small.pt", "resnet18")
+    message = error_of("small.pt", "resnet18")
     assert "1 misshapen (conv1.weight (64, 3, 3, 3) not (64, 3, 7, 7))" in message
 
 
 def to_authors(state):
-    """Our TwistNet under the authors' names, from their description."""
+    """Give a TwistNet's state dict the authors' names, from their description."""
     theirs = {}
     for name, x in state.items():
         block, _, rest = name.partition(".stci.")
@@ -442,7 +468,7 @@ def test_authors_checkpoints_give_the_same_logits(name, states):
 
 def test_authors_first_order_is_refused_with_the_reason(states):
     save(to_authors(states("resnet18")), "first.pt")
-    message = refused("first.pt", "twistnet18_first_order")
+    message = error_of("first.pt", "twistnet18_first_order")
     assert "no STCI at all" in message and "plain ResNet-18" in message
 
 
@@ -450,18 +476,32 @@ def test_authors_files_with_other_pairs_or_fewer_heads_are_refused(states):
     theirs = to_authors(states("twistnet18"))
     key = "layer3.1.mhstci.heads.2.idx_j"
     save(theirs | {key: theirs[key].flip(0)}, "pairs.pt")
-    assert key in refused("pairs.pt")
+    assert key in error_of("pairs.pt")
     save({k: x for k, x in theirs.items() if ".heads.3." not in k}, "three.pt")
-    assert "heads [0, 1, 2]" in refused("three.pt")
+    assert "heads [0, 1, 2]" in error_of("three.pt")
+
+
+def test_moving_averages_are_loaded_and_named(states, capsys):
+    state = states("resnet18")
+    plain = {name: torch.zeros_like(x) for name, x in state.items()}
+    save({"state_dict": plain, "state_dict_ema": state, "epoch": 3}, "timm.pt")
+    model, _ = load("resnet18", CLASSES, "timm.pt", keep_head=True)
+    assert has_weights(model, state, list(state))
+    sentence = "Took state_dict_ema (exponential moving average) of timm.pt, not its state_dict"
+    assert f"[ResNet-18 Pretrained] {sentence}\n" in capsys.readouterr().out
+    model, _ = load_trained("timm.pt")
+    assert has_weights(model, state, list(state))
+    out, err = capsys.readouterr()
+    assert out == "" and err == sentence + "\n"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_load_trained_knows_the_network(name, states):
+def test_load_trained_recognises_the_network(name, states):
     state = states(name)
     names = [f"class {i}" for i in range(CLASSES)]
     save({"model": state, "config": {"model": name}, "classes": names}, "best.pt")
     model, info = load_trained("best.pt")
-    assert not model.training and same(model, state, list(state))
+    assert not model.training and has_weights(model, state, list(state))
     assert info["model"] == name and info["classes"] == names
     assert info["num_classes"] == CLASSES and info["config"] == {"model": name}
     assert info["sha256"] == hashlib.sha256(Path("best.pt").read_bytes()).hexdigest()
@@ -478,7 +518,7 @@ def test_load_trained_reads_the_record_of_plain_weights(states, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_load_trained_wants_a_classifier(states):
+def test_load_trained_needs_a_classifier(states):
     state = {k: x for k, x in states("resnet18").items() if not k.startswith("fc.")}
     save(state, "body.pt")
     with pytest.raises(UserError, match="no classifier"):
