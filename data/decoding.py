@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from common.files import printable
 
 # Modes that Pillow converts to RGB without losing range. Integers of more than 8 bits and floats
 # are scaled by _to_8_bits; any other mode is refused by its name.
@@ -26,7 +28,7 @@ def read_rgb(path: Path) -> torch.Tensor:
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
-        raise OSError(f"{path} cannot be read as an image ({error})") from error
+        raise OSError(f"{printable(path)} cannot be read as an image ({error})") from error
     return decode_rgb(torch.from_numpy(data), path)
 
 
@@ -50,13 +52,22 @@ def decode_rgb(data: torch.Tensor, name) -> torch.Tensor:
             # These are Pillow's own bytes, read-only, of which torch would warn.
             return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
     except Exception as error:  # Pillow's plugins raise whatever their parsers raise
-        raise OSError(f"{name} cannot be read as an image ({error})") from error
+        raise OSError(f"{printable(name)} cannot be read as an image ({_reason(error)})") from error
 
 
 def check_header(path: Path) -> None:
-    """Raise an error if the header is not that of a supported image; pixels are not decoded."""
-    with open_image(path) as image:
-        _check_mode(image)
+    """Raise OSError, as read_rgb does, if the header is not that of a supported image."""
+    try:
+        with open_image(path) as image:
+            _check_mode(image)
+    except Exception as error:
+        raise OSError(f"{printable(path)} cannot be read as an image ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its message has only the address of the bytes
+        return "not a format or pixel type that Pillow reads"
+    return str(error)
 
 
 @contextlib.contextmanager

@@ -66,10 +66,10 @@ def spot_check(source: ImageFiles, *, seconds: float = 5.0) -> None:
     for index in np.random.default_rng(0).permutation(len(source)).tolist():
         try:
             source.check_header(index)
-        except Exception as error:  # Pillow's plugins raise whatever their parsers raise
+        except OSError as error:
             raise UserError(
-                f"{source.file_name(index)} cannot be read as an image ({error}). Evaluation uses "
-                "every image: restore the file or remove it from the dataset"
+                f"{error}. Evaluation uses every image: restore the file or remove it from the "
+                "dataset"
             ) from error
         if time.monotonic() > end:
             return

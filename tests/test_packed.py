@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data import decoding, images, packed
-from data.decoding import decode_rgb, read_rgb
+from data import images, packed
+from data.decoding import decode_rgb
 from data.images import ImageFiles, TrainSet, collate
 from data.packed import (
     MANIFEST,
@@ -224,68 +224,3 @@ def test_results_of_workers_come_in_order_and_draw_no_random_number():
             (3, -3),
         ]
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def turned(orientation):
-    exif = Image.Exif()
-    exif[0x112] = orientation
-    return exif
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"progressive": True},
-        {"subsampling": 0},
-        {"exif": turned(6)},
-        {"exif": turned(3)},
-        {"keep_rgb": True},
-        {"restart_marker_rows": 1},
-        "L",
-        "CMYK",
-        "cut",
-        "empty",
-        "stray",
-    ],
-)
-def test_torchcodec_and_pillow_give_the_same_pixels(tmp_path, monkeypatch, options):
-    pytest.importorskip("torchcodec")
-    path, image = tmp_path / "x.jpg", Image.fromarray(pixels(1))
-    if isinstance(options, dict):
-        image.save(path, "JPEG", **options)
-    else:
-        image.convert(options if options in ("L", "CMYK") else "RGB").save(path, "JPEG")
-        data = path.read_bytes()
-        path.write_bytes(
-            {
-                "cut": data[: len(data) // 2],
-                "empty": b"",
-                "stray": data[:2] + b"\0\0" + data[2:],
-            }.get(options, data)
-        )
-
-    def read():
-        try:
-            return read_rgb(path)
-        except OSError:
-            return None
-
-    fast = read()
-    monkeypatch.setattr(decoding, "fast_jpeg", lambda: None)
-    plain = read()
-    assert (fast is None) == (plain is None) == (options in ("cut", "empty", "stray"))
-    assert fast is None or torch.equal(fast, plain)
-
-
-def test_torchcodec_is_used_where_it_is_installed(tmp_path, monkeypatch):
-    pytest.importorskip("torchcodec")
-    asked = []
-
-    def decode_jpeg(data, mode):
-        asked.append(mode)
-        return torch.zeros(1, 2, 3, dtype=torch.uint8)
-
-    monkeypatch.setattr(decoding, "fast_jpeg", lambda: decode_jpeg)
-    (tmp_path / "x.jpg").write_bytes(jpeg(0))
-    assert read_rgb(tmp_path / "x.jpg").shape == (3, 2, 3) and asked == ["UNCHANGED"]
