@@ -20,6 +20,7 @@ from data.timm_randaugment import TimmRandAugment
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _BICUBIC = v2.InterpolationMode.BICUBIC
+MAX_ASPECT = 32  # longer side over shorter: of longer images, evaluation resizes only the centre
 
 
 class TrainTransform:
@@ -66,8 +67,22 @@ class EvalTransform:
         self.size, self.resize = size, round(size * resize / 224)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        image = _bound_aspect(image)
         image = F.resize_image(image, [self.resize], interpolation=_BICUBIC, antialias=True)
         return F.center_crop_image(image, [self.size, self.size])
+
+
+def _bound_aspect(image: torch.Tensor) -> torch.Tensor:
+    """The centre of an image beyond MAX_ASPECT; any other image as it is.
+
+    Resized whole, a file of 1 × 65,000 px would take 14 GB.
+    """
+    height, width = image.shape[1:]
+    longer = MAX_ASPECT * min(height, width)
+    longer += (max(height, width) - longer) % 2  # the centre stays between the same pixels
+    if max(height, width) <= longer:
+        return image
+    return F.center_crop_image(image, [min(height, longer), min(width, longer)])
 
 
 def trained_transform(config: dict, size: int | None = None) -> EvalTransform:

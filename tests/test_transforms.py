@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from data import transforms
 from data.randaugment import OPS, RandAugment
 from data.sampling import seeded
 from data.transforms import (
@@ -51,6 +52,29 @@ def test_evaluation_resizes_the_shorter_side_in_proportion_and_crops_the_centre(
     ours = EvalTransform(size)(image)
     assert ours.shape == (3, size, size) and ours.dtype == torch.uint8
     assert torch.equal(ours, plain(image))
+
+
+@pytest.mark.parametrize("shape", [(3, 10, 320), (3, 320, 10), (3, 10, 400), (3, 410, 10)])
+def test_of_long_images_only_the_centre_is_resized_to_the_same_pixels(shape):
+    image = torch.randint(256, shape, dtype=torch.uint8)
+    whole = v2.functional.resize(image, [32], v2.InterpolationMode.BICUBIC, antialias=True)
+    expected = v2.functional.center_crop(whole, [28, 28])
+    assert torch.equal(EvalTransform(28)(image), expected)
+
+
+def test_a_file_of_one_by_thousands_of_pixels_takes_little_memory(monkeypatch):
+    sizes, resize = [], transforms.F.resize_image
+
+    def measure(image, *args, **kwargs):
+        sizes.append(resize(image, *args, **kwargs))
+        return sizes[-1]
+
+    monkeypatch.setattr(transforms.F, "resize_image", measure)
+    for shape in ((3, 1, 2000), (3, 2000, 1)):  # whole, 393 MB each
+        image = torch.full(shape, 7, dtype=torch.uint8)
+        assert (EvalTransform(224)(image) == 7).all()
+        assert TrainTransform(224)(image)[0].shape == (3, 224, 224)
+    assert max(image.numel() for image in sizes) < 10_000_000
 
 
 def test_training_crops_and_flips_as_the_plain_recipe_does():
