@@ -1,1 +1,1 @@
-"""What is trained on: image listings, splits, transforms and the order of samples."""
+"""Datasets: listings, splits, decoding, transforms and the order of samples."""

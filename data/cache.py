@@ -110,7 +110,7 @@ def _hash_files(source: ImageFiles) -> str:
     digest = hashlib.sha256(os.fsencode(source.root.resolve()))
     for index, name in enumerate(source.files.tolist()):
         try:
-            # Copying tools restore mtime, and only ctime shows that a file was replaced.
+            # Copying tools restore mtime: only ctime shows that a file was replaced.
             stat = os.stat(source.path(index))
             state = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
             digest.update(name + f"\0{state}\0".encode())

@@ -136,7 +136,7 @@ def read_manifest(root: Path) -> dict:
 
 def is_interrupted(root: Path) -> bool:
     """Whether `root` contains what a killed process left of a pack."""
-    return (root / OLD_JOURNAL).is_file() or any(root.glob(f"*{PARTIAL}"))
+    return os.path.isfile(root / OLD_JOURNAL) or any(root.glob(f"*{PARTIAL}"))  # neither raises
 
 
 # ---------------------------------------------------------------- writing

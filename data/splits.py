@@ -15,9 +15,9 @@ from common.files import read_text
 from data.images import ImageFiles
 
 SPLITS = ("train", "val", "test")
-# Image formats that are left out of every listing, and counted so that nobody misses them.
+# Images in these formats are in no listing; they are counted, so that nobody misses them.
 LEFT_OUT_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".tga")
-# What macOS, Synology, Windows and ext file systems add to folders, some of it with thumbnails.
+# Added to folders by macOS, Synology, Windows and ext file systems, some with thumbnails inside.
 SYSTEM_FOLDERS = {
     "__MACOSX",
     "@eaDir",

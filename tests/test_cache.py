@@ -56,7 +56,7 @@ def kept(root):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pixels_samples_and_listing_are_those_of_the_files(root, workers, capsys):
+def test_the_cache_gives_the_pixels_samples_and_listing_of_the_files(root, workers, capsys):
     plain, fast = load(root), with_pixel_cache(load(root), workers=workers)
     assert f"decoding 12 images once, 0.0 GB, into {root / FOLDER}" in capsys.readouterr().out
     assert isinstance(fast.train, DecodedFiles) and (fast.train.rows >= 0).all()
@@ -111,7 +111,9 @@ def test_a_change_of_files_makes_a_new_cache_and_removes_the_old(root, change):
     assert len(kept(root)) == 1 and kept(root) != before
 
 
-def test_a_folder_that_cannot_be_written_leads_to_the_users_cache(root, monkeypatch, capsys):
+def test_the_users_cache_folder_is_used_where_the_data_folder_cannot_be_written(
+    root, monkeypatch, capsys
+):
     (root / FOLDER).write_text("in the way")
     splits = cached(root)
     place = cache_folders(root)[1]
@@ -121,7 +123,7 @@ def test_a_folder_that_cannot_be_written_leads_to_the_users_cache(root, monkeypa
     cached(root)
 
 
-def test_where_nothing_can_be_written_the_files_are_read_and_one_line_says_so(root, capsys):
+def test_files_are_read_and_one_line_says_so_where_no_cache_can_be_written(root, capsys):
     (root / FOLDER).write_text("in the way")
     (root.parent / "user").write_text("in the way")
     splits = cached(root)
@@ -130,7 +132,7 @@ def test_where_nothing_can_be_written_the_files_are_read_and_one_line_says_so(ro
     assert not isinstance(splits.train, DecodedFiles) and len(images(splits)) == 12
 
 
-def test_no_room_on_disk_or_in_memory_is_one_line_and_leaves_nothing(root, monkeypatch, capsys):
+def test_too_little_disk_or_memory_is_one_line_and_leaves_nothing(root, monkeypatch, capsys):
     def no_room(place, needed):
         raise cache.UserError(f"{place} has no room")
 
@@ -152,7 +154,7 @@ def test_a_full_disk_midway_is_one_line(root, monkeypatch, capsys):
     assert "No space left on device" in capsys.readouterr().out and kept(root) == []
 
 
-def test_broken_images_are_as_broken_as_without_the_cache(root):
+def test_unreadable_images_are_unreadable_with_the_cache_too(root):
     (root / "a" / "02.jpg").write_bytes(b"no image")
     splits = cached(root)
     broken = [
@@ -195,7 +197,7 @@ def test_a_stopped_build_reads_files_and_the_next_starts_over(root, monkeypatch,
     assert "decoding 12 images" in capsys.readouterr().out
 
 
-def test_processes_of_a_sweep_make_it_once(root):
+def test_the_processes_of_a_sweep_write_the_cache_once(root):
     script = (
         "import sys; from pathlib import Path; from data.cache import with_pixel_cache\n"
         "from data.splits import stratified_splits\n"

@@ -40,7 +40,7 @@ def photo(seed):
         ("two.png", "1", None, None),
     ],
 )
-def test_every_kind_is_read_as_rgb(tmp_path, name, mode, expected, tolerance):
+def test_common_formats_are_read_as_rgb(tmp_path, name, mode, expected, tolerance):
     flat(mode).save(tmp_path / name)
     image = read_rgb(tmp_path / name)
     assert image.dtype == torch.uint8 and image.shape == (3, 12, 20)
@@ -51,25 +51,10 @@ def test_every_kind_is_read_as_rgb(tmp_path, name, mode, expected, tolerance):
         assert set(image.unique().tolist()) <= {0, 255}
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    image = read_rgb(tmp_path / "deep.png")
-    assert (image[0].int() - torch.from_numpy((ramp >> 8).astype(int))).abs().max() <= 1
-
-
-def test_png_named_jpeg_is_read_by_its_content(tmp_path):
+def test_a_png_named_jpeg_is_read_by_its_content(tmp_path):
     photo(0).save(tmp_path / "x.JPEG", format="PNG")
     expected = torch.from_numpy(np.array(photo(0))).permute(2, 0, 1)
     assert torch.equal(read_rgb(tmp_path / "x.JPEG"), expected)
-
-
-def test_broken_exif_is_no_reason_not_to_read_nor_to_warn(tmp_path):
-    flat().save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x1a\x01junk")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        image = read_rgb(tmp_path / "x.jpg")
-    assert image.shape == (3, 12, 20)
 
 
 GREY16 = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
@@ -182,7 +167,7 @@ def test_an_unknown_mode_is_refused_by_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("read", [read_rgb, check_header])
-def test_pillow_warns_of_nothing(tmp_path, monkeypatch, read):
+def test_pillow_prints_no_warnings(tmp_path, monkeypatch, read):
     flat().save(tmp_path / "exif.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x1a\x01junk")
     palette = flat("P")
     palette.save(tmp_path / "palette.png", transparency=bytes(range(3)))

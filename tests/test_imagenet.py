@@ -1,4 +1,4 @@
-"""data/imagenet.py: what a tree of class folders holds, and which trees are refused."""
+"""data/imagenet.py: the images of a tree of class folders, and which trees are refused."""
 
 import os
 import tempfile
@@ -45,7 +45,7 @@ def test_the_order_is_not_that_of_the_file_system(tmp_path):
     ]
 
 
-def test_hidden_things_and_other_files_are_neither_classes_nor_images(tmp_path):
+def test_hidden_and_other_files_are_neither_classes_nor_images(tmp_path):
     make(
         tmp_path,
         "a/1.jpg",
@@ -106,7 +106,7 @@ def test_images_in_nested_folders_are_found(tmp_path):  # Tiny-ImageNet's train/
     ]
 
 
-def test_linked_classes_and_images_count(tmp_path):
+def test_linked_classes_and_images_are_listed(tmp_path):
     make(tmp_path, "store/c/1.jpg", "store/2.jpg", "tree/b/1.jpg")
     (tmp_path / "tree/a").symlink_to(tmp_path / "store/c")
     (tmp_path / "tree/b/2.jpg").symlink_to(tmp_path / "store/2.jpg")
@@ -115,7 +115,7 @@ def test_linked_classes_and_images_count(tmp_path):
     assert [name for name, _ in listed(source)] == ["a/1.jpg", "b/1.jpg", "b/2.jpg"]
 
 
-def test_a_link_back_into_the_tree_never_counts_an_image_twice(tmp_path):
+def test_a_link_back_into_the_tree_lists_no_image_twice(tmp_path):
     make(tmp_path, "a/1.jpg", "b/1.jpg")
     (tmp_path / "a/again").symlink_to(tmp_path / "a")
     try:
@@ -126,7 +126,7 @@ def test_a_link_back_into_the_tree_never_counts_an_image_twice(tmp_path):
         assert found == ["a/1.jpg", "b/1.jpg"]
 
 
-def test_names_that_are_not_utf8_survive(tmp_path):
+def test_names_that_are_not_utf8_are_kept(tmp_path):
     make(tmp_path, "a/1.jpg")
     os.close(os.open(bytes(tmp_path) + b"/a/\xff.jpg", os.O_CREAT))
     source, _ = list_tree(tmp_path)
@@ -171,7 +171,7 @@ def test_trees_that_would_give_wrong_numbers_are_refused_in_one_line(tmp_path, f
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-def test_a_data_dir_that_is_missing_or_a_file(tmp_path):
+def test_a_missing_data_dir_or_a_file_is_refused(tmp_path):
     make(tmp_path, "file")
     for place in ("nowhere", "file"):
         with pytest.raises(UserError, match=f"{place}/train does not exist"):
@@ -192,8 +192,8 @@ def unprivileged():
 
 
 @pytest.mark.parametrize("closed", ["train/a", "val", "train", "."])
-def test_no_permission_is_one_line(closed):
-    with tempfile.TemporaryDirectory() as name:  # tmp_path lies where another user may not look
+def test_missing_permissions_are_one_line(closed):
+    with tempfile.TemporaryDirectory() as name:  # other users may not read tmp_path
         root = Path(name)
         os.chmod(root, 0o755)
         make(root, "train/a/1.jpg", "val/a/1.jpg")

@@ -28,7 +28,7 @@ def write_listing(root, count, *, classes=2, broken=()):
     return ImageFiles(root, np.array([name.encode() for name in names]), labels)
 
 
-def test_listing_keeps_names_that_are_not_utf8(tmp_path):
+def test_names_that_are_not_utf8_are_kept(tmp_path):
     name = b"f\xff.png"
     with open(bytes(tmp_path) + b"/" + name, "wb") as file:
         photo(0).save(file, format="PNG")
@@ -44,7 +44,7 @@ def same(a, b):
     return torch.equal(a.image, b.image) and torch.equal(a.draws, b.draws) and a[1:3] == b[1:3]
 
 
-def test_training_samples_are_functions_of_seed_epoch_and_index(tmp_path):
+def test_training_samples_depend_only_on_seed_epoch_and_index(tmp_path):
     source = write_listing(tmp_path, 3)
     first = train_set(source)[0, 1]
     assert first.image.shape == (3, 16, 16) and first.image.dtype == torch.uint8
@@ -57,7 +57,7 @@ def test_training_samples_are_functions_of_seed_epoch_and_index(tmp_path):
     assert not same(train_set(source, seed=2)[0, 1], first)
 
 
-def test_samples_leave_the_global_generators_as_they_were(tmp_path):
+def test_samples_do_not_change_the_global_random_state(tmp_path):
     dataset = train_set(write_listing(tmp_path, 3))
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     _ = dataset[0, 0], dataset[3, 1]
@@ -77,7 +77,7 @@ def test_samples_leave_the_global_generators_as_they_were(tmp_path):
         ([7, 4], 7, 5),
     ],
 )
-def test_a_broken_training_image_is_replaced_by_the_next_of_its_class(
+def test_an_unreadable_training_image_is_replaced_by_the_next_of_its_class(
     tmp_path, broken, index, stand_in
 ):
     source = write_listing(tmp_path, 8, broken=broken)
@@ -94,7 +94,7 @@ def test_a_class_without_a_readable_image_is_marked_2(tmp_path):
     assert train_set(source)[0, 1].image.shape == (3, 16, 16)  # it still collates
 
 
-def test_evaluation_marks_broken_images_and_replaces_none(tmp_path):
+def test_evaluation_marks_unreadable_images_and_replaces_none(tmp_path):
     dataset = EvalSet(write_listing(tmp_path, 4, broken=[1, 2]), EvalTransform(16))
     samples = [dataset[i] for i in range(4)]
     assert len(dataset) == 4

@@ -31,7 +31,7 @@ def fmd(tmp_path):
     return tmp_path
 
 
-def test_fmd_has_five_reshuffles_of_its_images_alone(fmd):
+def test_fmd_has_five_shuffles_of_its_images_only(fmd):
     folds = [load_splits("fmd", fmd, k) for k in range(1, 6)]
     assert len({fingerprint(splits) for splits in folds}) == 5
     for splits in folds:
@@ -150,7 +150,7 @@ def test_cub_tests_on_the_official_images_and_validates_on_a_tenth(cub):
         ("train_test_split", "99 1", r"train_test_split.txt: has no line for image 1$"),
     ],
 )
-def test_cub_tables_that_are_refused(cub, table, line, message):
+def test_wrong_cub_tables_are_refused(cub, table, line, message):
     path = cub / "CUB_200_2011" / f"{table}.txt"
     path.write_text("\n".join([line, *path.read_text().splitlines()[1:]]))
     with pytest.raises(UserError, match=message):

@@ -209,7 +209,7 @@ def test_our_devkit_is_one_that_torchvision_reads_to_the_same_labels(monkeypatch
     assert archives == [Path("src/ILSVRC2012_devkit_t12.tar.gz")]
 
 
-def test_class_tars_in_a_train_folder_win_over_folders_left_half_unpacked():
+def test_class_tars_are_preferred_to_half_unpacked_folders():
     write_train_folder("src/train")
     for wnid in WNIDS[:2]:
         write(f"src/train/{wnid}.tar", class_tar(wnid))
@@ -221,7 +221,7 @@ def test_class_tars_in_a_train_folder_win_over_folders_left_half_unpacked():
     assert contents() == expected()
 
 
-def test_kaggle(folder):
+def test_the_layout_of_kaggle_becomes_a_tree(folder):
     write_train_folder("src/ILSVRC/Data/CLS-LOC/train")
     write_flat_val("src/ILSVRC/Data/CLS-LOC/val")
     with open("src/LOC_val_solution.csv", "w", newline="") as file:
@@ -260,7 +260,7 @@ def test_flat_val_with_ground_truth_and_a_list_in_the_devkits_order():
     assert not Path("out").exists()
 
 
-def test_tiny_imagenet():
+def test_tiny_imagenet_becomes_a_tree():
     write_train_folder("src/train", inner="images")
     write("src/train/n02119789/n02119789_boxes.txt", "n02119789_0.JPEG\t0\t0\t1\t1\n")
     write_flat_val("src/val/images")
@@ -374,7 +374,7 @@ def test_links_of_a_linked_tree_point_at_the_files():
     name = "n02119789/n02119789_1.JPEG"
     write("elsewhere/x.JPEG", Path(f"src/train/{name}").read_bytes())
     Path(f"src/train/{name}").unlink()
-    Path(f"src/train/{name}").symlink_to("../../../elsewhere/x.JPEG")  # true only where it lies
+    Path(f"src/train/{name}").symlink_to("../../../elsewhere/x.JPEG")  # valid only in this folder
     prepare("--out", "deeper/down/out")
     assert contents("deeper/down/out") == expected()
     assert os.path.samefile(f"deeper/down/out/train/{name}", "elsewhere/x.JPEG")
@@ -423,7 +423,7 @@ def test_subset_by_file_and_what_is_refused():
 # Interruptions ----------------------------------------------------------------------------------
 
 
-def test_killed_in_the_middle_of_a_class_then_resumed():
+def test_a_run_killed_in_the_middle_of_a_class_is_resumed():
     """kill -9 of the main process while a worker is between two images of a class."""
     write_train_tar(), write_val_tar(), write_valprep()
     write(
@@ -489,7 +489,7 @@ def running(pid: int) -> bool:
         lambda folder: (folder / "mine.JPEG").write_bytes(b"x"),
     ],
 )
-def test_folders_that_only_look_finished_are_named_and_left_alone(harm):
+def test_folders_that_only_look_finished_are_named_and_kept(harm):
     write_train_tar(), write_val_tar(), write_valprep()
     prepare()
     harm(Path("out/train/n02100735"))
@@ -526,7 +526,7 @@ def test_two_runs_do_not_write_one_tree():
     prepare()
 
 
-def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
+def test_a_file_system_without_locks_can_be_prepared_on(monkeypatch):
     def refuse(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -541,7 +541,7 @@ def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
 # Bad archives and bad places --------------------------------------------------------------------
 
 
-def test_archives_of_the_official_names_need_the_official_checksums(monkeypatch):
+def test_official_archives_need_the_official_checksums(monkeypatch):
     train, _, _ = write_train_tar(), write_val_tar(), write_valprep()
     with pytest.raises(UserError, match="ILSVRC2012_img_train.tar has MD5.*--no_checksum"):
         prepare(checksum=True)
@@ -596,7 +596,7 @@ def test_cut_off_archives_are_never_taken_for_shorter_ones(cut):
         prepare()
 
 
-def test_too_little_space_is_said_before_anything_is_written(monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_written(monkeypatch):
     write_train_tar(), write_val_tar(), write_valprep()
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
@@ -651,7 +651,7 @@ def half_moved():
         (lambda: write("src/ILSVRC2012_img_train.tar", b"<html>not found</html>"), "is damaged"),
     ],
 )
-def test_wrong_sources_get_one_line_before_anything_is_written(harm, message):
+def test_wrong_sources_are_refused_in_one_line_before_anything_is_written(harm, message):
     write_train_folder("src/train")
     write_flat_val("src/val")
     write_valprep()
@@ -661,7 +661,7 @@ def test_wrong_sources_get_one_line_before_anything_is_written(harm, message):
     assert "\n" not in str(caught.value) and not Path("out").exists()
 
 
-def test_damaged_devkit_and_missing_scipy(monkeypatch):
+def test_a_damaged_devkit_and_a_missing_scipy_are_named(monkeypatch):
     write_train_tar(), write_val_tar()
     kit = write_devkit_tar()
     with monkeypatch.context() as without:
@@ -677,7 +677,7 @@ def test_damaged_devkit_and_missing_scipy(monkeypatch):
         read_val_labels(kit.parent, kit.parent / "val")
 
 
-def test_ground_truth_that_counts_beyond_the_classes():
+def test_ground_truth_with_more_classes_than_the_devkit_is_refused():
     write_train_tar(), write_val_tar()
     for name, content in devkit_files().items():
         write(f"src/data/{Path(name).name}", content)
@@ -700,7 +700,7 @@ def test_the_source_is_never_written_into():
 # --verify and the command line ------------------------------------------------------------------
 
 
-def test_verify_lists_what_is_broken(capsys):
+def test_verify_lists_broken_images(capsys):
     write_tree()
     prepare("--copy")
     assert verify() == 0 and "out: nothing is broken" in capsys.readouterr().out
@@ -716,7 +716,7 @@ def test_verify_lists_what_is_broken(capsys):
     assert "it lacks 1 (n02100735)" in capsys.readouterr().out
 
 
-def test_verify_reports_what_an_interruption_left(capsys):
+def test_verify_reports_unfinished_class_folders(capsys):
     write_tree()
     prepare()
     Path("out/val/.n02100735.part").mkdir()
@@ -727,7 +727,7 @@ def test_verify_reports_what_an_interruption_left(capsys):
     )
 
 
-def test_counts_of_the_full_set():
+def test_a_tree_with_fewer_images_than_imagenet_is_reported():
     def lines(train: int, val: int, classes: int = 1000) -> list[str]:
         files = [
             type("Images", (list,), {"root": root})([0] * n)
@@ -742,7 +742,7 @@ def test_counts_of_the_full_set():
     assert lines(126_689, 5_000, classes=100) == []
 
 
-def test_the_command_line_says_one_line_and_exits_2():
+def test_wrong_command_lines_are_one_line_and_exit_with_2():
     def call(*flags):
         return subprocess.run(
             [sys.executable, "-m", "tools.prepare_imagenet", *flags],

@@ -1,4 +1,4 @@
-"""data/synthetic.py: deterministic, in both layouts, and not to be told apart by colour."""
+"""data/synthetic.py: deterministic images, whose classes differ in shape and not in colour."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_labels_are_the_order_of_sorted_names():
     assert list(PATTERNS) == sorted(PATTERNS) and len(PATTERNS) >= 8
 
 
-def test_same_seed_same_bytes_and_counts_leave_images_as_they_are(tmp_path):
+def test_the_same_seed_gives_the_same_bytes_whatever_the_counts(tmp_path):
     write_small_tree(tmp_path / "a")
     write_small_tree(tmp_path / "b")
     write_small_tree(tmp_path / "more", train_per_class=5, val_per_class=3, num_classes=10)
@@ -47,7 +47,7 @@ def test_no_image_is_in_two_splits_or_layouts(tmp_path):
     assert len(images) == 8 * (3 + 2 + 3) == len(set(images))
 
 
-def test_dtd_folds_each_hold_all_images_in_thirds(tmp_path):
+def test_every_dtd_fold_splits_all_images_into_thirds(tmp_path):
     write_dtd(tmp_path, images_per_class=7, folds=2, size=24, seed=5, num_classes=4)
     everything = {p.relative_to(tmp_path / "images").as_posix() for p in tmp_path.rglob("*.jpg")}
     assert len(everything) == 28 and "dotted/dotted_0007.jpg" not in everything
@@ -58,7 +58,7 @@ def test_dtd_folds_each_hold_all_images_in_thirds(tmp_path):
             (tmp_path / "labels" / f"{split}{fold}.txt").read_text().split()
             for split in ("train", "val", "test")
         ]
-        assert [len(part) for part in parts] == [12, 8, 8]  # 7 = 3 + 2 + 2 a class
+        assert [len(part) for part in parts] == [12, 8, 8]  # 7 = 3 + 2 + 2 per class
         assert set().union(*parts) == everything
         tests.append(parts[2])
     assert tests[0] != tests[1]
@@ -69,7 +69,7 @@ def test_writing_again_is_allowed_but_leftovers_of_a_larger_set_are_not(tmp_path
     before = read_all(tmp_path)
     write_small_tree(tmp_path)
     assert read_all(tmp_path) == before
-    with pytest.raises(UserError, match=r"banded: holds other files \(banded_00003.JPEG\)"):
+    with pytest.raises(UserError, match=r"banded contains other files \(banded_00003.JPEG\)"):
         write_small_tree(tmp_path, train_per_class=2)
 
 
@@ -87,13 +87,13 @@ def test_impossible_requests_are_refused(tmp_path, change, message):
         write_small_tree(tmp_path, **change)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "train").touch()
     with pytest.raises(UserError, match=r"train/banded: cannot be written \(Not a directory\)"):
         write_small_tree(tmp_path)
 
 
-def test_fewer_than_three_images_a_class_make_no_thirds(tmp_path):
+def test_fewer_than_three_images_per_class_are_refused(tmp_path):
     with pytest.raises(UserError, match="images_per_class 2"):
         write_dtd(tmp_path, images_per_class=2, folds=1, size=24, seed=5)
 
@@ -130,7 +130,7 @@ def nearest_centroid_accuracy(feature, per_class=40, size=64):
     return float((distances.argmin(axis=-1) == np.arange(len(PATTERNS))[:, None]).mean())
 
 
-def test_colour_is_near_chance_and_shape_is_well_above():
+def test_colour_classifies_near_chance_and_shape_well_above():
     chance = 1 / len(PATTERNS)
     assert nearest_centroid_accuracy(colour_histogram) < 2 * chance
     assert nearest_centroid_accuracy(gradient_orientations) > 3 * chance

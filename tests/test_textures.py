@@ -28,7 +28,7 @@ def all_names(splits):
 
 @pytest.fixture
 def dtd(tmp_path):
-    """DTD's layout with 2 classes of 6 images and 2 folds: 2 a class in each split."""
+    """DTD's layout with 2 classes of 6 images and 2 folds: 2 per class in each split."""
     root = tmp_path / "data" / "dtd"
     write_dtd(root, images_per_class=6, folds=2, size=8, seed=0, num_classes=2)
     return root
@@ -85,12 +85,12 @@ def test_fingerprint_tells_folds_labels_classes_and_files_apart(dtd):
 
 
 @pytest.mark.parametrize("fold", [0, 3, 11])
-def test_dtd_fold_that_does_not_exist(dtd, fold):
+def test_a_dtd_fold_that_does_not_exist_is_refused(dtd, fold):
     with pytest.raises(UserError, match=rf"--fold {fold}: .*labels \(1-2\)$"):
         load_splits("dtd", dtd, fold)
 
 
-def test_dtd_fold_with_a_label_file_missing_is_no_fold(dtd):
+def test_a_dtd_fold_with_a_missing_label_file_is_not_offered(dtd):
     (dtd / "labels" / "val1.txt").unlink()
     with pytest.raises(UserError, match=r"labels \(2\)$"):
         load_splits("dtd", dtd, 1)
@@ -107,21 +107,21 @@ def test_dtd_fold_with_a_label_file_missing_is_no_fold(dtd):
         ("test", "banded/", r"test1.txt:2: expected 2 fields"),
     ],
 )
-def test_dtd_label_lines_that_are_refused(dtd, split, line, message):
+def test_wrong_dtd_label_lines_are_refused(dtd, split, line, message):
     replace_line(dtd / "labels" / f"{split}1.txt", 2, line)
     with pytest.raises(UserError, match=message) as caught:
         load_splits("dtd", dtd, 1)
     assert "\n" not in str(caught.value)
 
 
-def test_dtd_image_in_two_splits(dtd):
+def test_a_dtd_image_in_two_splits_is_refused(dtd):
     first = (dtd / "labels" / "train1.txt").read_text().split()[0]
     replace_line(dtd / "labels" / "test1.txt", 3, first)
     with pytest.raises(UserError, match=rf"test1.txt:3: {first} is already in .*train1.txt:1$"):
         load_splits("dtd", dtd, 1)
 
 
-def test_dtd_empty_split_and_binary_label_file(dtd):
+def test_an_empty_dtd_split_and_a_binary_label_file_are_refused(dtd):
     (dtd / "labels" / "val1.txt").write_text("\n\n")
     with pytest.raises(UserError, match=r"val1.txt: lists no images"):
         load_splits("dtd", dtd, 1)
@@ -142,14 +142,14 @@ def test_dtd_label_files_may_have_any_common_encoding(dtd, encoding):
     assert len(all_names(splits)) == 12 and splits.classes == ["banded", "blotchy"]
 
 
-def test_dtd_class_that_training_does_not_know(dtd):
+def test_a_dtd_class_without_training_images_is_refused(dtd):
     train = dtd / "labels" / "train1.txt"
     train.write_text("".join(f"{x}\n" for x in train.read_text().split() if "banded" in x))
     with pytest.raises(UserError, match=r"val1.txt:3: class blotchy has no image in train1.txt"):
         load_splits("dtd", dtd, 1)
 
 
-def test_folders_without_the_data(tmp_path):
+def test_folders_without_the_dataset_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"absent: no such folder.*--download"):
         load_splits("dtd", tmp_path / "absent", 1)
     with pytest.raises(UserError, match=r"DTD not found \(expected images, labels in it"):
@@ -173,7 +173,7 @@ def test_system_errors_end_in_one_line(dtd, monkeypatch):
         load_splits("dtd", dtd, 1)
 
 
-def test_folder_is_split_60_20_20_class_by_class(tmp_path):
+def test_a_folder_is_split_60_20_20_per_class(tmp_path):
     # a fifth of 3, 8 and 21 images, rounded, at least one: 1, 2, 4
     root = make_folder(tmp_path, {"c": 21, "a": 3, "b": 8})
     splits = load_splits("folder", root, 1)
@@ -186,7 +186,7 @@ def test_folder_is_split_60_20_20_class_by_class(tmp_path):
     assert all(name[0] == "abc"[y] for name, y in listed)
 
 
-def test_folder_folds_depend_on_fold_and_names_alone(tmp_path):
+def test_folds_of_a_folder_depend_only_on_fold_and_names(tmp_path):
     first = make_folder(tmp_path / "one", {"a": 10, "b": 10})
     second = make_folder(tmp_path / "two", {"b": 10, "a": 10})
     folds = [fingerprint(load_splits("folder", first, k, num_folds=5)) for k in range(1, 6)]
@@ -194,7 +194,7 @@ def test_folder_folds_depend_on_fold_and_names_alone(tmp_path):
     assert folds[2] == fingerprint(load_splits("folder", second, 3, num_folds=7))
 
 
-def test_folder_fold_one_is_pinned(tmp_path):
+def test_fold_one_of_a_folder_never_changes(tmp_path):
     """Published results rest on these splits: another order would be another dataset."""
     root = make_folder(tmp_path, {"a": 5, "b": 5})
 
@@ -207,7 +207,7 @@ def test_folder_fold_one_is_pinned(tmp_path):
     assert names(splits.train)[:3] == sorted(ordered[2:])
 
 
-def test_folder_leaves_out_what_is_no_image_of_a_class(tmp_path):
+def test_files_that_are_not_images_of_a_class_are_left_out(tmp_path):
     root = make_folder(tmp_path, {"a": 3, "b": 3, ".ipynb_checkpoints": 5})
     for stray in ("readme.txt", "a/._0.jpg", "a/Thumbs.db", "a/notes.jpg.txt"):
         (root / stray).touch()
@@ -222,7 +222,7 @@ def test_folder_leaves_out_what_is_no_image_of_a_class(tmp_path):
     assert sorted(all_names(splits)) == expected
 
 
-def test_folders_that_are_refused(tmp_path):
+def test_folders_without_enough_classes_or_images_are_refused(tmp_path):
     few = make_folder(tmp_path / "few", {"a": 3, "b": 2})
     with pytest.raises(UserError, match=r"few/b: 2 images; a class needs at least 3"):
         load_splits("folder", few, 1)
@@ -272,7 +272,7 @@ def test_download_is_found_by_the_same_data_dir(dtd, archive, tmp_path, folder):
     download_dtd(tmp_path / folder)  # is there: fetches nothing
 
 
-def test_download_that_fails_leaves_nothing_behind(archive, tmp_path, monkeypatch):
+def test_a_failed_download_leaves_nothing_behind(archive, tmp_path, monkeypatch):
     target = tmp_path / "fresh" / "dtd"
     monkeypatch.setattr(DTD, "_MD5", "0" * 32)
     with pytest.raises(UserError, match="--download: could not download DTD") as caught:
