@@ -20,7 +20,7 @@ CONVERTIBLE = (
     *("CMYK", "YCbCr", "HSV", "LAB"),
 )
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow's limit, 179 million: larger files are refused
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # 179 million; larger files are refused
 
 
 def read_rgb(path: Path) -> torch.Tensor:
@@ -32,7 +32,7 @@ def read_rgb(path: Path) -> torch.Tensor:
     return decode_rgb(torch.from_numpy(data), path)
 
 
-def decode_rgb(data: torch.Tensor, name) -> torch.Tensor:
+def decode_rgb(data: torch.Tensor, name: str | Path) -> torch.Tensor:
     """Decode an image file's bytes (uint8, one dimension) as `read_rgb` does; `name` is for errors.
 
     torchcodec, where it is installed, decodes JPEGs faster, to the same pixels as Pillow. What it

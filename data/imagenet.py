@@ -13,7 +13,7 @@ import numpy as np
 from common.errors import UserError
 from data.images import ImageFiles
 from data.packed import MANIFEST, PackedImages, is_interrupted, read_manifest
-from data.splits import class_folders, list_images, report_left_out
+from data.splits import list_class_folders, list_images, report_left_out
 
 Source = ImageFiles | PackedImages
 
@@ -73,7 +73,7 @@ def list_tree(root: Path) -> tuple[ImageFiles, list[str]]:
     """
     left_out = Counter()
     try:
-        classes = class_folders(root)
+        classes = list_class_folders(root)
         files = [list_images(root, name, left_out) for name in classes]
     except OSError as error:
         raise UserError(f"{error.filename or root} cannot be listed ({error.strerror})") from error

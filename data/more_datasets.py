@@ -20,14 +20,14 @@ from data.splits import (
     ExistingFiles,
     Splits,
     check_fold,
-    class_folders,
     find_root,
+    list_class_folders,
     list_images,
     make_splits,
+    make_stratified_splits,
     read_fields,
     report_left_out,
-    shuffled,
-    stratified_splits,
+    shuffle_files,
 )
 
 KTH_SAMPLES = ["sample_a", "sample_b", "sample_c", "sample_d"]
@@ -35,13 +35,13 @@ CUB_FILES = ["images.txt", "image_class_labels.txt", "train_test_split.txt", "cl
 
 
 def load_fmd(data_dir: Path, fold: int) -> Splits:
-    """Flickr Material Database: image/<class>/*.jpg; it is published without splits."""
+    """Flickr Material Database: image/<class>/*.jpg; no official splits, folds 1-5 are shuffles."""
     check_fold(fold, [1, 2, 3, 4, 5], "fmd")
     root = data_dir / "image" if (data_dir / "image").is_dir() else data_dir
-    names = class_folders(root)
+    names = list_class_folders(root)
     if len(names) < 2 or not all(list_images(root, name) for name in names):
         raise UserError(f"--data_dir {data_dir}: FMD not found (expected image/<class>/*.jpg)")
-    return stratified_splits(root, fold)
+    return make_stratified_splits(root, fold)
 
 
 def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
@@ -54,7 +54,7 @@ def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
     check_fold(fold, [1, 2, 3, 4], "kth_tips2b")
     nested = data_dir / "KTH-TIPS2-b"
     root = nested if nested.is_dir() else data_dir
-    classes = class_folders(root)
+    classes = list_class_folders(root)
     if not any((root / name / sample).is_dir() for name in classes for sample in KTH_SAMPLES):
         raise UserError(
             f"--data_dir {data_dir}: KTH-TIPS2-b not found (expected <class>/sample_a/*.png)"
@@ -77,7 +77,7 @@ def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
 
 
 def load_cub200(data_dir: Path, fold: int) -> Splits:
-    """CUB-200-2011 with its official test set; a stratified tenth of the training set validates."""
+    """CUB-200-2011, one fold: the official test set; a tenth of each training class validates."""
     # Its four tables, {id: (file:line, value)}.
     check_fold(fold, [1], "cub200")
     root = find_root(data_dir, ["", "CUB_200_2011"], [*CUB_FILES, "images"], "CUB-200-2011")
@@ -106,7 +106,7 @@ def load_cub200(data_dir: Path, fold: int) -> Splits:
 
     # A tenth of each class's training images validates.
     for label, class_id in enumerate(classes):
-        files = shuffled(training[class_id], fold)
+        files = shuffle_files(training[class_id], fold)
         if len(files) < 2:
             raise UserError(f"{root}: class {names[class_id][1]} has fewer than 2 training images")
         tenth = max(1, round(len(files) / 10))
@@ -126,7 +126,7 @@ def _read_cub(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def load_flowers102(data_dir: Path, fold: int) -> Splits:
-    """Oxford Flowers-102 with its official splits, read by torchvision (which needs scipy)."""
+    """Oxford Flowers-102, one fold: the official splits, read by torchvision (needs scipy)."""
     check_fold(fold, [1], "flowers102")
     try:
         import scipy.io  # noqa: F401

@@ -70,7 +70,7 @@ def digest_of(classes: list[str], parts: dict[str, ImageFiles]) -> str:
     return digest.hexdigest()
 
 
-def check_fold(fold: int, folds: list[int], where) -> None:
+def check_fold(fold: int, folds: list[int], where: str | Path) -> None:
     """Raise UserError, naming the folds that exist, unless `fold` is one of them."""
     if fold not in folds:
         consecutive = len(folds) > 1 and folds == list(range(1, len(folds) + 1))
@@ -89,7 +89,7 @@ def find_root(data_dir: Path, inside: list[str], entries: list[str], name: str) 
     )
 
 
-def class_folders(root: Path) -> list[str]:
+def list_class_folders(root: Path) -> list[str]:
     """Names of the folders in `root`, sorted; hidden (.ipynb_checkpoints) and system ones not."""
     with os.scandir(root) as entries:
         return sorted(e.name for e in entries if e.is_dir() and not _is_skipped(e.name))
@@ -135,24 +135,24 @@ def report_left_out(root: Path, left_out: Counter) -> None:
         )
 
 
-def shuffled(files: list[str], fold: int) -> list[str]:
+def shuffle_files(files: list[str], fold: int) -> list[str]:
     """Shuffle `files` in an order that depends only on the fold and the names, on any machine."""
     return sorted(files, key=lambda file: hashlib.sha256(os.fsencode(f"{fold}:{file}")).digest())
 
 
-def stratified_splits(root: Path, fold: int) -> Splits:
+def make_stratified_splits(root: Path, fold: int) -> Splits:
     """The `fold`-th independent shuffle of a folder of class folders, split 60/20/20 per class.
 
     Raises UserError for fewer than two classes, or fewer than three images in a class.
     """
-    classes = class_folders(root)
+    classes = list_class_folders(root)
     if len(classes) < 2:
         raise UserError(f"{root}: needs at least two class folders, has {len(classes)}")
     left_out, listed = Counter(), {split: [] for split in SPLITS}
     images = [list_images(root, name, left_out) for name in classes]
     report_left_out(root, left_out)
     for label, name in enumerate(classes):
-        files = shuffled(images[label], fold)
+        files = shuffle_files(images[label], fold)
         if len(files) < 3:
             raise UserError(
                 f"{root / name}: {len(files)} images; a class needs at least 3, one for each split"

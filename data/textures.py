@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 
 from torchvision.datasets import DTD
 
@@ -21,12 +20,12 @@ from data.splits import (
     ExistingFiles,
     Splits,
     check_fold,
-    class_folders,
     find_root,
     fingerprint,
+    list_class_folders,
     make_splits,
+    make_stratified_splits,
     read_fields,
-    stratified_splits,
 )
 
 __all__ = ["DATASETS", "Splits", "download_dtd", "fingerprint", "load_splits"]
@@ -34,7 +33,7 @@ __all__ = ["DATASETS", "Splits", "download_dtd", "fingerprint", "load_splits"]
 DTD_PLACES = ["", "dtd", "dtd/dtd"]  # unpacked by hand, by download_dtd, by torchvision
 
 
-def load_splits(dataset: str, data_dir, fold: int, *, num_folds: int = 10) -> Splits:
+def load_splits(dataset: str, data_dir: str | Path, fold: int, *, num_folds: int = 10) -> Splits:
     """Train, val and test images of one fold; only the dataset `folder` reads `num_folds`.
 
     Raises UserError, one line, for anything that makes the data unusable.
@@ -49,13 +48,13 @@ def load_splits(dataset: str, data_dir, fold: int, *, num_folds: int = 10) -> Sp
             raise UserError(
                 f"--data_dir {data_dir}: no such folder; give the folder of the dataset{hint}"
             )
-        return DATASETS[dataset].load(data_dir, fold, **options)
+        return DATASETS[dataset](data_dir, fold, **options)
     except OSError as error:
         raise UserError(f"{error.filename or data_dir}: {_reason(error)}") from error
 
 
 def load_dtd(data_dir: Path, fold: int) -> Splits:
-    """The Describable Textures Dataset with its official splits, labels/{train,val,test}K.txt."""
+    """The Describable Textures Dataset; folds 1-10 are official, labels/{train,val,test}K.txt."""
     # Where the dataset is, and which folds it has.
     root = find_root(data_dir, DTD_PLACES, ["images", "labels"], "DTD")
     labels = root / "labels"
@@ -94,7 +93,7 @@ def load_dtd(data_dir: Path, fold: int) -> Splits:
     return make_splits(root, classes, relative)
 
 
-def download_dtd(data_dir) -> None:
+def download_dtd(data_dir: str | Path) -> None:
     """Download DTD into data_dir/dtd, unless it exists, with torchvision's checksum.
 
     It is unpacked into a temporary folder and moved when it is complete, so that an interrupted
@@ -118,33 +117,27 @@ def download_dtd(data_dir) -> None:
 
 
 def load_folder(data_dir: Path, fold: int, *, num_folds: int = 10) -> Splits:
-    """Any folder of class folders, images at any depth below them."""
+    """Any folder of class folders, images at any depth; folds 1 to `num_folds` are shuffles."""
     check_fold(fold, list(range(1, num_folds + 1)), f"--num_folds {num_folds}")
-    names = class_folders(data_dir)
+    names = list_class_folders(data_dir)
     if names and set(names) <= {"train", "val", "valid", "validation", "test"}:
         raise UserError(
             f"--data_dir {data_dir}: {', '.join(names)} are splits, not classes;"
             " give one of them: folds are made from a folder of class folders"
         )
-    return stratified_splits(data_dir, fold)
+    return make_stratified_splits(data_dir, fold)
 
 
 def _reason(error: OSError) -> str:
     return "no permission" if isinstance(error, PermissionError) else error.strerror or str(error)
 
 
-class DatasetInfo(NamedTuple):
-    """How one dataset is loaded, (data_dir, fold) -> Splits, and which folds it has."""
-
-    load: Callable[..., Splits]
-    folds: str
-
-
-DATASETS = {
-    "dtd": DatasetInfo(load_dtd, "1-10, official"),
-    "folder": DatasetInfo(load_folder, "1 to --num_folds, stratified shuffles 60/20/20"),
-    "fmd": DatasetInfo(more_datasets.load_fmd, "1-5, stratified shuffles 60/20/20"),
-    "kth_tips2b": DatasetInfo(more_datasets.load_kth_tips2b, "1-4, tested on one physical sample"),
-    "cub200": DatasetInfo(more_datasets.load_cub200, "1, official"),
-    "flowers102": DatasetInfo(more_datasets.load_flowers102, "1, official"),
+# What --dataset accepts: loaders (data_dir, fold) -> Splits. Each docstring says which folds exist.
+DATASETS: dict[str, Callable[..., Splits]] = {
+    "dtd": load_dtd,
+    "folder": load_folder,
+    "fmd": more_datasets.load_fmd,
+    "kth_tips2b": more_datasets.load_kth_tips2b,
+    "cub200": more_datasets.load_cub200,
+    "flowers102": more_datasets.load_flowers102,
 }

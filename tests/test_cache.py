@@ -15,7 +15,7 @@ from common.files import lock_folder
 from data import cache
 from data.cache import FOLDER, DecodedFiles, cache_folders, with_pixel_cache
 from data.images import TrainSet, spot_check
-from data.splits import SPLITS, fingerprint, stratified_splits
+from data.splits import SPLITS, fingerprint, make_stratified_splits
 from data.transforms import EvalTransform, TrainTransform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ def root(tmp_path, monkeypatch):
 
 
 def load(root, fold=1):
-    return stratified_splits(root, fold)
+    return make_stratified_splits(root, fold)
 
 
 def cached(root, fold=1, **options):
@@ -200,8 +200,8 @@ def test_a_stopped_build_reads_files_and_the_next_starts_over(root, monkeypatch,
 def test_the_processes_of_a_sweep_write_the_cache_once(root):
     script = (
         "import sys; from pathlib import Path; from data.cache import with_pixel_cache\n"
-        "from data.splits import stratified_splits\n"
-        "s = with_pixel_cache(stratified_splits(Path(sys.argv[1]), 1), workers=0)\n"
+        "from data.splits import make_stratified_splits\n"
+        "s = with_pixel_cache(make_stratified_splits(Path(sys.argv[1]), 1), workers=0)\n"
         "print(type(s.train).__name__, (s.train.rows >= 0).all())"
     )
     with lock_folder(next(p / cache._hash_files(everything(root)) for p in cache_folders(root))):
