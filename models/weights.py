@@ -1,17 +1,15 @@
 """Find pretrained weights, load them, and print what was loaded."""
 
 import sys
-from http.client import HTTPException
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights
 
 from common.errors import UserError
 from common.files import read_json, sha256
 from models import MODELS
 from models.fitting import HEAD, check_head, load_fitting, misfit_error, recognise, shorten
+from models.torchvision_weights import SOURCE, fetch_resnet18, load_resnet, load_twistnet_stem
 from models.weights_file import WeightsFile, read_bytes, read_weights
 
 SCRIPT_DIR = Path(__file__).resolve().parent.parent
@@ -23,10 +21,6 @@ PARTIAL = {
     "twistnet18_no_ais": "twistnet18",
     "twistnet18_first_order": "twistnet18",
 }
-EARLY_LAYERS = ("conv1.", "bn1.", "layer1.", "layer2.")  # what TwistNet shares with ResNet-18
-TORCHVISION = ResNet18_Weights.IMAGENET1K_V1
-TORCHVISION_SOURCE = f"torchvision {TORCHVISION}"
-TORCHVISION_URL = TORCHVISION.url  # .../resnet18-f37072fd.pth: the start of its sha256
 
 
 # ---------------------------------------------------------------- finding
@@ -66,7 +60,7 @@ def weights_identity(name: str, pretrained: str = "auto") -> dict[str, str | Non
         return {"source": "none", "sha256": None}
     path = resolve_path(name, pretrained)
     if path is None:
-        return {"source": TORCHVISION_SOURCE, "sha256": None}
+        return {"source": SOURCE, "sha256": None}
     return {"source": str(path), "sha256": sha256(read_bytes(path))}
 
 
@@ -114,6 +108,22 @@ def load_pretrained(
     return {"source": str(path), "sha256": file.sha256, "tensors_loaded": len(loaded)}
 
 
+def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
+    """Load torchvision's ResNet-18: whole, all but SE, or for TwistNet the early layers."""
+    if keep_head and name != "resnet18":
+        raise UserError(f"no weights for {name} with a classifier: give --pretrained PATH")
+    looked = candidate_paths(name)
+    file = fetch_resnet18(name, looked)
+    if keep_head:
+        check_head(model, file.path, file.tensors)
+    if name in TITLES:
+        loaded = load_resnet(model, TITLES[name], file.tensors, keep_head=keep_head)
+    else:
+        loaded = load_twistnet_stem(model, file.tensors, looked)
+    print_left_out(TITLES.get(name, "TwistNet"), model, file.tensors, loaded)
+    return {"source": SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
+
+
 def load_trained(path: str | Path) -> tuple[nn.Module, dict]:
     """Load a trained network with its classifier, in eval mode, from a checkpoint or weights file.
 
@@ -156,87 +166,6 @@ def count_classes(file: WeightsFile) -> int:
     if weight is None or weight.dim() != 2:
         raise UserError(f"{file.path} has no classifier (fc.weight), so its classes are unknown")
     return len(weight)
-
-
-# ---------------------------------------------------------------- torchvision's ResNet-18
-
-
-def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
-    """Load torchvision's ResNet-18: whole, all but SE, or for TwistNet the early layers."""
-    if keep_head and name != "resnet18":
-        raise UserError(f"no weights for {name} with a classifier: give --pretrained PATH")
-    file = fetch_torchvision(name)
-    if keep_head:
-        check_head(model, file.path, file.tensors)
-    if name in TITLES:
-        loaded = load_resnet(model, name, file.tensors, keep_head=keep_head)
-    else:
-        loaded = load_twistnet_stem(model, name, file.tensors)
-    print_left_out(TITLES.get(name, "TwistNet"), model, file.tensors, loaded)
-    return {"source": TORCHVISION_SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
-
-
-def fetch_torchvision(name: str) -> WeightsFile:
-    """Read torchvision's ResNet-18 weights from torch.hub's cache; download them if needed.
-
-    torch.hub checks a file's hash when it downloads it, not when it finds it in the cache. Here it
-    is checked always, because the accuracy that is printed is that of the published file.
-    """
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(TORCHVISION_URL).name)
-    hash_prefix = path.stem.rpartition("-")[2]
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(TORCHVISION_URL, str(path), hash_prefix)
-        except (OSError, HTTPException, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-            looked = " and ".join(map(str, candidate_paths(name)))
-            raise UserError(
-                f"no weights for {name}: looked for {looked}, and {TORCHVISION_SOURCE} could not "
-                f"be downloaded ({reason}); run pretrain_imagenet.py --model {name}, give "
-                "--pretrained PATH, or train from scratch with --pretrained none"
-            ) from None
-    found = sha256(read_bytes(path))
-    if not found.startswith(hash_prefix):
-        raise UserError(
-            f"{path} is damaged or is not the file that torchvision published (its sha256 starts "
-            f"with {found[: len(hash_prefix)]}): delete it, and it will be downloaded again"
-        )
-    return read_weights(path)
-
-
-def load_resnet(
-    model: nn.Module, name: str, tensors: dict[str, Tensor], *, keep_head: bool
-) -> list[str]:
-    """Load all that fits into ResNet-18 or SE-ResNet-18; return the names of these tensors."""
-    title = TITLES[name]
-    loaded = load_fitting(model, tensors, keep_head=keep_head)
-    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {TORCHVISION_SOURCE}", flush=True)
-    scores = TORCHVISION.meta["_metrics"]["ImageNet-1K"]
-    print(
-        f"[{title} Pretrained] {len(TORCHVISION.meta['categories'])} classes, "
-        f"top-1 {scores['acc@1']:.2f} %, top-5 {scores['acc@5']:.2f} % (torchvision's figures)",
-        flush=True,
-    )
-    return loaded
-
-
-def load_twistnet_stem(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> list[str]:
-    """Load only the stem, layer1 and layer2, and warn; return the names of these tensors."""
-    early = {k: x for k, x in tensors.items() if k.startswith(EARLY_LAYERS)}
-    loaded = load_fitting(model, early, keep_head=False)
-    parameters = {key: p.numel() for key, p in model.named_parameters()}
-    count = sum(parameters.get(key, 0) for key in loaded)
-    total = sum(parameters.values())
-    looked = ", ".join(map(str, candidate_paths(name)))
-    print(
-        f"[ResNet-18 Fallback] WARNING: no TwistNet weights ({looked}); only stem, layer1 and "
-        f"layer2 come from {TORCHVISION_SOURCE}: {len(loaded)} tensors, {count:,} of {total:,} "
-        f"parameters = {100 * count / total:.1f} %. This is not recommended: run "
-        "pretrain_imagenet.py first.",
-        flush=True,
-    )
-    return loaded
 
 
 # ---------------------------------------------------------------- what is printed

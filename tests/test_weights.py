@@ -14,7 +14,7 @@ import torch
 from torchvision.models import ResNet18_Weights
 
 from common.errors import UserError
-from models import MODELS, build_model, weights
+from models import MODELS, build_model, torchvision_weights, weights
 from models.weights import find_weights, load_pretrained, load_trained, weights_identity
 
 CLASSES = 10
@@ -69,7 +69,7 @@ def fill_torchvision_cache(monkeypatch, tmp_path, state):
     torch.save(state, folder / "x.pth")
     digest = hashlib.sha256((folder / "x.pth").read_bytes()).hexdigest()
     (folder / "x.pth").rename(folder / f"resnet18-{digest[:8]}.pth")
-    monkeypatch.setattr(weights, "TORCHVISION_URL", f"https://host/resnet18-{digest[:8]}.pth")
+    monkeypatch.setattr(torchvision_weights, "URL", f"https://host/resnet18-{digest[:8]}.pth")
 
 
 def load(name, num_classes, pretrained="auto", *, keep_head=False):
