@@ -11,7 +11,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common.errors import UserError
-from common.files import read_text
+from common.files import printable, read_text
 from data.images import ImageFiles
 
 SPLITS = ("train", "val", "test")
@@ -129,7 +129,8 @@ def report_left_out(root: Path, left_out: Counter) -> None:
     if left_out and not int(os.environ.get("RANK") or 0):
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
         print(
-            f"note: {root}: left out {counts}: convert these files to JPEG or PNG to use them",
+            f"note: {printable(root)}: left out {counts}: convert these files to JPEG or PNG to "
+            "use them",
             file=sys.stderr,
             flush=True,
         )
