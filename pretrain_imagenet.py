@@ -22,6 +22,7 @@ import torch
 from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
 from common.errors import UserError
 from common.files import replace_by_link
+from common.processes import read_integer
 from data.imagenet import load_imagenet
 from data.images import EvalSet, TrainSet, spot_check
 from data.loading import EvalLoader, TrainLoader
@@ -194,6 +195,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[s
         raise UserError("--label_smoothing must be below 1")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite starts a new one: use only one")
+    if args.overwrite and read_integer("TORCHELASTIC_RESTART_COUNT", 0):
+        raise UserError(
+            "torchrun has restarted this run, and --overwrite would archive what it has trained: "
+            "start it again without --overwrite, which resumes it"
+        )
     if args.resume == Path("auto"):
         args.resume = args.checkpoint_dir / LATEST if has_checkpoint(args.checkpoint_dir) else None
         given.add("resume")  # whatever was found: with the checkpoint's settings
@@ -332,7 +338,12 @@ def load_state(
     path = args.resume
     if path is None and has_checkpoint(args.checkpoint_dir):
         path = args.checkpoint_dir / LATEST
-    states = context.gather(path is not None)
+    found = context.gather(path is not None)
+    if any(found) and not all(found):
+        raise UserError(
+            f"some ranks do not find {args.checkpoint_dir / LATEST}: --checkpoint_dir must be a "
+            "folder that all machines share"
+        )
     if path is None:
         return None, None
     state, tensors, warning = load_checkpoint(path)
@@ -340,7 +351,7 @@ def load_state(
         print(warning, flush=True)
     if not isinstance(state.config, dict) or "micro_batches" not in state.config:
         raise UserError(f"{path} is not a checkpoint of pretrain_imagenet.py")
-    if not all(states) or len(set(context.gather(state.step))) > 1:
+    if len(set(context.gather(state.step))) > 1:
         # One rank fell back to the predecessor, or a dying run saved in between.
         raise UserError(f"the ranks have read different states of {path}: start them again")
     recorded, state.config = state.config, upgrade_pretrain_config(state.config)
@@ -359,7 +370,7 @@ def restore_flags(
     With --resume only flags that were given can contradict. Without it the defaults count as
     well, as far as the checkpoint has `recorded` them.
     """
-    compared = given if "resume" in given else set(recorded)
+    compared = given if "resume" in given else given | recorded.keys()
     differing = [
         f"{name} {state.config[name]} → {getattr(args, name)}"
         for name in RUN_FLAGS
@@ -420,8 +431,11 @@ def adopt_best(state: TrainState, args: argparse.Namespace) -> None:
     if not args.resume or not is_branch(args):
         return
     best = args.resume.with_name(BEST)
-    if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
-        replace_by_link(best, args.checkpoint_dir / BEST)
+    try:
+        if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
+            replace_by_link(best, args.checkpoint_dir / BEST)
+    except UserError as error:  # a damaged file: as if it were missing
+        print(f"warning: {error}", flush=True)
 
 
 def make_resume_command(args: argparse.Namespace, context: DistributedContext) -> str:

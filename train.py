@@ -19,7 +19,7 @@ import torch
 from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
 from common.errors import Preempted, UserError
 from common.files import write_json
-from common.processes import usable_cpus
+from common.processes import read_integer, usable_cpus
 from data.cache import with_pixel_cache
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.loading import EvalLoader, TrainLoader
@@ -182,7 +182,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> None:
     # Flags.
     args = make_parser().parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if read_integer("WORLD_SIZE", 1) > 1:
         raise UserError(
             "train.py is one process per run: start it with python instead of torchrun, and many "
             "runs with run_all.py"

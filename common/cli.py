@@ -130,6 +130,7 @@ def run(main: Callable[[], None]) -> None:
         if explained is None:
             raise
         line, code = explained
+        ignore_closed_output()  # Ctrl-C also ends the tee that our output goes to
         _print_error(line)
         if code == EXIT_USAGE or isinstance(error, Diverged) or "out of memory" in line:
             _stop_torchrun()

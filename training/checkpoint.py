@@ -83,6 +83,8 @@ class TrainState:
 
 def _upgrade(old: dict) -> dict:
     """Rename the keys of older checkpoints and fill in what they lack."""
+    if not isinstance(old, dict):
+        raise TypeError(f"a checkpoint is a dict, not {type(old).__name__}")
     if "history" in old:
         return old
     rows = old["rows"]
@@ -195,8 +197,8 @@ class Checkpointer:
         reason = f"the checkpoint could not be written to {self.folder} ({error.strerror})"
         if self.failures >= ALLOWED_FAILURES:
             raise UserError(
-                f"{reason}, {self.failures} times in a row: free space there, then resume from "
-                f"{self.folder / LATEST}"
+                f"{reason}, {self.failures} times in a row: free space there and run the same "
+                "command again"
             ) from error
         return f"warning: {reason}; {LATEST} is still the one before, training continues"
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from common.processes import read_integer
 
 # The ranks meet in gloo before each step, and there they may wait long: rank 0 may be writing to a
 # slow disk. NCCL's own operations follow that meeting at once, so that a long wait is a hung GPU.
@@ -72,9 +73,9 @@ def init_distributed() -> DistributedContext:
 
     Raises UserError where the environment variables are incomplete, or GPUs are missing.
     """
-    rank, world_size = _read_integer("RANK", 0), _read_integer("WORLD_SIZE", 1)
-    local_rank = _read_integer("LOCAL_RANK", 0)
-    local_world_size = _read_integer("LOCAL_WORLD_SIZE", 1)
+    rank, world_size = read_integer("RANK", 0), read_integer("WORLD_SIZE", 1)
+    local_rank = read_integer("LOCAL_RANK", 0)
+    local_world_size = read_integer("LOCAL_WORLD_SIZE", 1)
 
     # This process's device.
     device = torch.device("cpu")
@@ -98,6 +99,12 @@ def init_distributed() -> DistributedContext:
             f"WORLD_SIZE is {world_size} but {' and '.join(missing)} not set: start the script "
             "with torchrun, or unset RANK and WORLD_SIZE"
         )
+    read_integer("MASTER_PORT", 0)
+    if rank >= world_size:
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE {world_size}: start the script with torchrun, or unset "
+            "both"
+        )
     store, *_ = next(dist.rendezvous("env://", rank, world_size))
     # torchrun keeps its store over a restart, and in it the addresses of ranks that have died.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -119,11 +126,3 @@ def init_distributed() -> DistributedContext:
 def shut_down_distributed() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _read_integer(name: str, default: int) -> int:
-    """An integer of torchrun's environment; an empty variable counts as not set."""
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise UserError(f"the environment variable {name} is {text!r}, not a number: unset it")
-    return int(text)

@@ -54,6 +54,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
+def set_float32_mode(precision: str) -> None:
+    """Keep "fp32" at float32: by default cuDNN uses TF32 on Ampere GPUs and later."""
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def move_to_device(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy a batch's images and labels to the device; its other fields stay on the CPU.
 
@@ -112,8 +118,7 @@ class Trainer:
                 gradient_as_bucket_view=True,
                 forward_sync_buffers=False,
             )
-        if self.precision == "fp32":  # really: cuDNN would use TF32 on Ampere and later
-            torch.backends.cudnn.allow_tf32 = False
+        set_float32_mode(self.precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -249,6 +254,7 @@ def evaluate(
     """
     started = time.monotonic()
     context.broadcast_buffers(model)
+    set_float32_mode(precision)
     model.eval()
     device, num_images = context.device, 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5

@@ -122,7 +122,7 @@ class TrainLoop:
         """Turn the epoch's sums into a row of the log, save, and report what is unusual."""
         if metrics.unreadable:
             self.save(state)
-            self.checkpointer.join()
+            self._join_and_warn()
             raise UserError(
                 f"{len(metrics.unreadable)} validation images cannot be decoded, and an "
                 "evaluation uses every image: restore the files and run the same command again: "
@@ -161,17 +161,17 @@ class TrainLoop:
 
     def finish(self, state: TrainState) -> None:
         """Make sure that the last checkpoints are on disk; a failed write is tried once more."""
-        failed = [0.0]
-        if self.context.is_main:
-            failed = [float(self._join_and_warn())]
-        if self.context.max(failed)[0]:
+        best, latest = self.run_dir.path / BEST, self.run_dir.path / LATEST
+        is_unsaved = False
+        if self.context.is_main:  # without a latest.pt: a finished run, resumed into a new folder
+            is_unsaved = self._join_and_warn() or not latest.exists()
+        if self.context.max([is_unsaved])[0]:
             self.checkpointer.failures = ALLOWED_FAILURES - 1
             self.save(state)
             self.checkpointer.join()
-        best = self.run_dir.path / BEST
         if self.context.is_main and not best.exists():
             print(f"warning: {best} is missing: the last epoch takes its place", flush=True)
-            replace_by_link(self.run_dir.path / LATEST, best)
+            replace_by_link(latest, best)
             state.best_epoch = state.epoch
 
     # ------------------------------------------------------------------ what is reported

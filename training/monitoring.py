@@ -26,7 +26,7 @@ def summarise_gradients(norms: list[float]) -> dict[str, float]:
 def report_gradient_spike(norms: list[float], row: dict, steps: int, run_dir: RunDir) -> None:
     """Warn where the largest gradient norm of an epoch of `steps` steps stands out."""
     median, largest = row.get("grad_norm", 0.0), row.get("grad_norm_max", 0.0)
-    if largest <= GRADIENT_SPIKE * median:
+    if median == 0 or largest <= GRADIENT_SPIKE * median:
         return
     step = steps - len(norms) + norms.index(largest) + 1  # older checkpoints lack the first steps
     print(

@@ -90,7 +90,8 @@ _RENAMED = {
 
 def upgrade_pretrain_config(config: dict) -> dict:
     """The configuration of an older pretraining checkpoint in today's words; it runs as it was."""
-    upgraded = {"recipe": "guide", **PRETRAIN["guide"], "clip_norm": 0, **config}
+    name = config.get("recipe", "guide")
+    upgraded = {"recipe": name, **PRETRAIN[name], "clip_norm": 0, **config}
     for name in ("loss", "schedule"):
         upgraded[name] = _RENAMED.get(upgraded[name], upgraded[name])
     return upgraded

@@ -44,7 +44,9 @@ class RunDir:
         remove_temporary_files(self.path)
         (self.path / f".{LATEST}.new").unlink(missing_ok=True)
         if (read_json(self.path / STATUS) or {}).get("state") == "running":
-            self.log_event("killed")  # nobody else holds the lock, and it did not say how it ended
+            # No other process has the lock, and the last one did not say how it ended.
+            self.log_event("killed")
+            self.write_status("killed")
 
     def contains_run(self) -> bool:
         """Whether a run has left its configuration, a checkpoint or a finished epoch here."""
