@@ -1,14 +1,16 @@
-"""Run a sweep, models × folds × seeds, and compare the models in a table.
+"""Run a sweep (models × folds × seeds) and compare the models in a table.
 
   python run_all.py --data_dir data/dtd --dataset dtd --models resnet18,twistnet18 \\
       --folds 1-10 --seeds 42,43,44 --epochs 100 --run_dir runs/main
 
-Every flag that is not listed here goes to train.py (see train.py --help). Finished runs are
-skipped, interrupted ones go on: the same command again continues a sweep that was stopped, and
-may run several times at once.
+Flags that are not listed here are passed on to train.py (see train.py --help). Finished runs are
+skipped and interrupted ones resume, so the same command again continues a sweep that was stopped.
+Several run_all.py may work on one RUN_DIR at the same time; they share the runs.
 """
 
 import argparse
+import contextlib
+import io
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -24,15 +26,26 @@ from common.processes import usable_cpus
 from data.images import spot_check
 from models import MODELS, build_model
 from models.weights import load_pretrained
-from sweeps.launching import AGAIN, BUSY, DONE, FAILED, Cell, Line, LocalPool, make_slots, tail
+from sweeps.launching import (
+    BUSY,
+    DONE,
+    FAILED,
+    RETRY,
+    Job,
+    LocalPool,
+    ProgressLine,
+    last_output,
+    make_slots,
+)
 from sweeps.slurm import submit
 from sweeps.tables import write_tables
 from training.preemption import StopRequest
 from training.run_config import CONFIG, load_config, load_finished
 from training.run_dir import RunDir
 
-OWN = {"fold": "--folds", "seed": "--seeds", "model": "--models"}
 ROOT = Path(__file__).resolve().parent
+SINGLE = {"--fold": "--folds", "--seed": "--seeds", "--model": "--models"}  # train.py's: ours
+SLURM_MINUTES, SLURM_GPUS = 240, 1  # defaults of --time and --gpus_per_task
 
 
 def make_parser() -> Parser:
@@ -40,74 +53,90 @@ def make_parser() -> Parser:
     sweep = parser.add_argument_group("sweep")
     sweep.add_argument(
         "--models",
-        type=names,
+        type=model_names,
         default="resnet18,twistnet18",
         metavar="A,B",
-        help=f"of {', '.join(MODELS)}",
+        help=f"networks to compare, out of {', '.join(MODELS)}",
     )
     sweep.add_argument(
-        "--folds", type=numbers, default="1", metavar="1-10", help="numbers and ranges"
+        "--folds",
+        type=distinct_numbers,
+        default="1",
+        metavar="1-10",
+        help="folds, as numbers and ranges",
     )
     sweep.add_argument(
-        "--seeds", type=numbers, default="42", metavar="42,43", help="numbers and ranges"
+        "--seeds",
+        type=distinct_numbers,
+        default="42",
+        metavar="42,43",
+        help="seeds, as numbers and ranges",
     )
     sweep.add_argument(
         "--run_dir",
         type=Path,
         default=Path("runs"),
         metavar="DIR",
-        help="where the run folders and the table go",
+        help="folder of the run folders and of the table",
     )
     sweep.add_argument(
         "--overwrite",
         action="store_true",
-        help="run every cell anew; what lies there moves to RUN_DIR/overwritten",
+        help="run everything again from scratch; old runs are moved to RUN_DIR/overwritten",
     )
     sweep.add_argument(
         "--dry_run",
         action="store_true",
-        help="print the commands of the cells that are not finished, and end",
+        help="only print the commands of the runs that are not finished, one per line",
     )
     sweep.add_argument(
         "--launcher",
         choices=["local", "slurm"],
         default="local",
-        help="this machine, or a Slurm job array (pip install submitit)",
+        help="run on this machine, or as a Slurm job array (pip install submitit)",
     )
     local = parser.add_argument_group("--launcher local")
     local.add_argument(
-        "--slots",
+        "--jobs",
         type=at_least(1),
         metavar="N",
-        help="runs at a time, which share the cores (default: 1)",
+        help="number of runs at the same time, which share the CPU cores (default: 1)",
     )
     local.add_argument(
         "--gpus",
         type=numbers,
         metavar="0,1",
-        help="one run at a time on each of these GPUs, instead of --slots",
+        help="one run at a time on each of these GPUs, instead of --jobs; name a GPU twice (0,0) "
+        "to let two runs share it",
     )
     slurm = parser.add_argument_group(
-        "--launcher slurm", "what else sbatch takes: in its variables, such as SBATCH_ACCOUNT"
+        "--launcher slurm",
+        "other options of sbatch are taken from its environment variables, e.g. SBATCH_ACCOUNT",
     )
-    slurm.add_argument("--partition", metavar="NAME", help="of the cluster (default: its own)")
+    slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
     slurm.add_argument(
         "--time",
         type=at_least(10),
         metavar="MINUTES",
-        help="time limit, after which a run is queued again (default: 240)",
+        help=f"time limit, after which a run is queued again (default: {SLURM_MINUTES})",
     )
-    slurm.add_argument("--gpus_per_task", type=at_least(0), metavar="N", help="(default: 1)")
     slurm.add_argument(
-        "--at_once",
+        "--gpus_per_task",
+        type=at_least(0),
+        metavar="N",
+        help=f"GPUs per run (default: {SLURM_GPUS})",
+    )
+    slurm.add_argument(
+        "--max_parallel",
         type=at_least(1),
         metavar="N",
-        help="runs at a time (default: what the cluster gives)",
+        help="most runs at the same time (default: as many as the cluster starts)",
     )
     return parser
 
 
-def names(text: str) -> list[str]:
+def model_names(text: str) -> list[str]:
+    """An argparse type: "resnet18,twistnet18" → ["resnet18", "twistnet18"]."""
     found = [name for name in text.split(",") if name]
     unknown = [name for name in found if name not in MODELS]
     if unknown or not found or len(set(found)) < len(found):
@@ -118,232 +147,269 @@ def names(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """ "1-3,7" → [1, 2, 3, 7]."""
+    """An argparse type: "1-3,7" → [1, 2, 3, 7]."""
     found = []
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
+            part_range = range(int(first), int(last or first) + 1)
+            if not part_range:
+                raise ValueError(f"{part} runs backwards")
+            found += part_range
     except ValueError:
         found = []
-    if not found or len(set(found)) < len(found):
+    if not found:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of different numbers and ranges such as 1-3,7"
+            f"{text!r} is not a list of numbers and ranges such as 1-3,7"
         )
     return found
 
 
+def distinct_numbers(text: str) -> list[int]:
+    """An argparse type: like `numbers`, each of them once."""
+    found = numbers(text)
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names a number twice")
+    return found
+
+
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """This script's flags, and those for train.py, which are checked here too."""
+    """This script's flags, and the words that are passed on to train.py."""
     args, forwarded = make_parser().parse_known_args(argv)
-    for name in train.make_parser().given(forwarded):
-        if name in OWN:
-            raise UserError(f"--{name} is for train.py: a sweep has {OWN[name]}")
-    defaults = {
-        "local": {"slots": None, "gpus": None},
-        "slurm": {"partition": None, "time": 240, "gpus_per_task": 1, "at_once": None},
+    for word in forwarded:
+        flag = word.partition("=")[0]
+        if flag in SINGLE:
+            raise UserError(f"{flag} is a flag of train.py: a sweep has {SINGLE[flag]}")
+    train.make_parser().parse_args(forwarded)
+
+    # flags of the launcher that is not used
+    local = {"--jobs": args.jobs, "--gpus": args.gpus}
+    slurm = {
+        "--partition": args.partition,
+        "--time": args.time,
+        "--gpus_per_task": args.gpus_per_task,
+        "--max_parallel": args.max_parallel,
     }
-    for launcher, flags in defaults.items():
-        for name, default in flags.items():
-            if getattr(args, name) is None:
-                setattr(args, name, default)
-            elif launcher != args.launcher:
-                raise UserError(f"--{name} goes with --launcher {launcher}")
-    if args.gpus and args.slots:
-        raise UserError("--gpus and --slots: give one of them, there is one run at a time on a GPU")
+    unused, launcher = (slurm, "slurm") if args.launcher == "local" else (local, "local")
+    for flag, value in unused.items():
+        if value is not None:
+            raise UserError(f"{flag} goes with --launcher {launcher}")
+    if args.gpus and args.jobs:
+        raise UserError("give either --gpus or --jobs: --gpus 0,0 lets two runs share GPU 0")
     return args, forwarded
+
+
+# ---------------------------------------------------------------- what there is to do
 
 
 @dataclass
 class Plan:
-    """What there is to do."""
+    """The runs of a sweep, by what has to be done."""
 
     dataset: str
-    configs: dict[Path, dict] = field(default_factory=dict)  # of all cells, by folder
-    cells: list[Cell] = field(default_factory=list)  # to run
-    finished: list[dict] = field(default_factory=list)  # results of those that are done
-    other: list[str] = field(default_factory=list)  # names of those with runs of other settings
-    workers: int = 0  # loader processes a run, as asked for
+    configs: dict[Path, dict] = field(default_factory=dict)  # of all runs, by folder
+    jobs: list[Job] = field(default_factory=list)  # to run
+    finished: list[dict] = field(default_factory=list)  # results of the finished ones
+    mismatched: list[str] = field(default_factory=list)  # folders with runs of other settings
+    workers: int = 0  # loader workers per run, as asked for
 
 
 def make_plan(args, forwarded: list[str]) -> Plan:
-    """Look at every cell, after checking models, weights, folds and data of them all.
+    """Check models, weights, folds and data of the whole sweep, then look at every run.
 
-    Raises UserError, UserError or UserError.
+    Raises UserError for whatever would end a run later.
     """
-    there = torch.cuda.device_count()
-    if args.gpus and max(args.gpus) >= there:
-        raise UserError(f"--gpus {max(args.gpus)}: torch sees {there} GPUs here, counted from 0")
+    visible = torch.cuda.device_count()
+    if args.gpus and max(args.gpus) >= visible:
+        raise UserError(f"--gpus {max(args.gpus)}: torch sees {visible} GPUs here, counted from 0")
 
-    def single(model: str, fold: int, seed: int):
-        line = [
-            *forwarded,
-            "--model",
-            model,
-            "--fold",
-            str(fold),
-            "--seed",
-            str(seed),
-            "--run_dir",
-            str(args.run_dir),
-        ]
-        return line, train.make_parser().parse_args(line)
-
-    _, first = single(args.models[0], args.folds[0], args.seeds[0])
-    splits = {
-        fold: train.load_data(single(args.models[0], fold, args.seeds[0])[1]) for fold in args.folds
-    }
+    # all data before any weights, so that a wrong --data_dir is found at once
+    first_words = run_words(args, forwarded, args.models[0], args.folds[0], args.seeds[0])
+    first = train.make_parser().parse_args(first_words)
+    splits = {}
+    for fold in args.folds:
+        words = run_words(args, forwarded, args.models[0], fold, args.seeds[0])
+        splits[fold] = train.load_data(train.make_parser().parse_args(words))
     spot_check(splits[args.folds[0]].val)
-    for model in args.models:
-        network = build_model(model, len(splits[args.folds[0]].classes))
-        load_pretrained(network, model, first.pretrained)
+    check_weights(args.models, len(splits[args.folds[0]].classes), first.pretrained)
+
+    # every run
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    script = str(Path(train.__file__).resolve())
     plan = Plan(first.dataset, workers=first.workers)
     for fold in args.folds:
         for seed in args.seeds:
             for model in args.models:
-                line, cell_args = single(model, fold, seed)
-                folder = train.run_folder(cell_args)
-                cell_args.overwrite = args.overwrite
-                config = train.make_config(cell_args, splits[fold], device)
+                words = run_words(args, forwarded, model, fold, seed)
+                run_args = train.make_parser().parse_args(words)
+                run_args.overwrite = args.overwrite
+                folder = train.run_folder(run_args)
+                config = train.make_config(run_args, splits[fold], device)
                 if args.launcher == "slurm":  # the node's device decides, and train.py checks it
                     old = load_config(folder) or {}
                     config["precision"] = old.get("precision") or config["precision"]
                 plan.configs[folder] = config
-                script = str(Path(train.__file__).resolve())
-                look_at(plan, Cell(folder, [sys.executable, "-u", script, *line]), args.overwrite)
+                add_to_plan(plan, Job(folder, [sys.executable, "-u", script, *words]), args)
     return plan
 
 
-def look_at(plan: Plan, cell: Cell, overwrite: bool) -> None:
-    """Put a cell where it belongs."""
-    try:
-        results = None if overwrite else load_finished(cell.folder, plan.configs[cell.folder])
-    except UserError as error:
-        print(f"not reused: {error}", file=sys.stderr, flush=True)
-        plan.other.append(cell.name)
-        return
+def run_words(args, forwarded: list[str], model: str, fold: int, seed: int) -> list[str]:
+    """The words of one run's train.py command, after the script."""
+    own = ["--model", model, "--fold", str(fold), "--seed", str(seed)]
+    return [*forwarded, *own, "--run_dir", str(args.run_dir)]
+
+
+def check_weights(models: list[str], num_classes: int, pretrained: str) -> None:
+    """Load the weights of each model once, as a check, and say in one line what they are."""
+    for model in models:
+        network = build_model(model, num_classes)
+        with contextlib.redirect_stdout(io.StringIO()):  # each run's output.log has the details
+            weights = load_pretrained(network, model, pretrained)
+        print(f"{model}: weights from {weights['source']}", flush=True)
+
+
+def add_to_plan(plan: Plan, job: Job, args) -> None:
+    """Put a run where it belongs: finished, of other settings, or to be run."""
+    results = None
+    if not args.overwrite:
+        try:
+            results = load_finished(job.folder, plan.configs[job.folder])
+        except UserError as error:
+            print(f"not reused: {error}", file=sys.stderr, flush=True)
+            plan.mismatched.append(job.name)
+            return
     if results:
         plan.finished.append(results)
-    else:
-        plan.cells.append(cell)
+        return
+    if args.overwrite and args.dry_run:
+        job.command.append("--overwrite")
+    plan.jobs.append(job)
 
 
-def set_aside(run_dir: Path, cells: list[Cell]) -> None:
-    """Move old runs to RUN_DIR/overwritten: all of them, or none where one is running."""
-    held = [RunDir(cell.folder) for cell in cells if cell.folder.exists()]
-    for folder in held:
+def archive_old_runs(run_dir: Path, jobs: list[Job]) -> None:
+    """Move old runs to RUN_DIR/overwritten: all of them, or none if one of them is running."""
+    folders = [RunDir(job.folder) for job in jobs if job.folder.exists()]
+    for folder in folders:
         folder.lock()  # until this function ends
-    for folder in held:
+    for folder in folders:
         if folder.contains_run():
             folder.archive(run_dir / "overwritten" / folder.path.name)
 
 
+# ---------------------------------------------------------------- running it
+
+
 def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]:
-    """Run the cells on this machine; the names of those that failed, and of those still to do."""
-    failed, problems, left = [], {}, {cell.name for cell in plan.cells}
-    line = Line(len(plan.finished) + len(plan.cells), plan.finished, len(plan.other))
+    """Run the jobs on this machine; the names of the failed ones, and of those still to do."""
+    failed, problems, left = [], {}, {job.name for job in plan.jobs}
+    line = ProgressLine(
+        len(plan.finished) + len(plan.jobs), plan.finished, failed=len(plan.mismatched)
+    )
 
-    def results_of(cell: Cell) -> dict | None:
+    def results_of(job: Job) -> dict | None:
         try:
-            return load_finished(cell.folder, plan.configs[cell.folder])
+            return load_finished(job.folder, plan.configs[job.folder])
         except UserError as error:
-            problems[cell.folder] = f": {error}"
+            problems[job.folder] = f": {error}"
 
-    def report(cell: Cell, outcome: str) -> None:
+    def report(job: Job, outcome: str) -> None:
         if outcome in (DONE, FAILED):
-            left.discard(cell.name)
+            left.discard(job.name)
         if outcome == DONE:
-            line.add(cell.name, results_of(cell))
+            line.add(job.name, results_of(job))
         elif outcome == BUSY:
-            line.say(f"{cell.name} is being run by another process, and waited for")
-        elif outcome in (FAILED, AGAIN):
-            what = "failed twice" if cell.failures and outcome == FAILED else "failed"
+            line.say(f"{job.name} is being run by another process; waiting for it")
+        elif outcome in (FAILED, RETRY):
+            times = "failed twice" if job.failures and outcome == FAILED else "failed"
             line.say(
-                f"{cell.name} {what}{problems.get(cell.folder, '')}; its output ends with\n"
-                f"{tail(cell.folder)}" + ("\nonce more" if outcome == AGAIN else "")
+                f"{job.name} {times}{problems.get(job.folder, '')}; its output ends with\n"
+                f"{last_output(job.folder)}" + ("\ntrying once more" if outcome == RETRY else "")
             )
         if outcome == FAILED:
-            failed.append(cell.name)
+            failed.append(job.name)
             line.failed += 1
 
-    slots = make_slots(plan.cells, args.slots, args.gpus, cores=usable_cpus(), workers=plan.workers)
+    slots = make_slots(plan.jobs, args.jobs, args.gpus, cores=usable_cpus(), workers=plan.workers)
     LocalPool(
         slots,
         stop=lambda: stop.requested,
         report=report,
         polled=line.show,
-        is_done=lambda cell: results_of(cell) is not None,
-    ).run(plan.cells)
+        is_done=lambda job: results_of(job) is not None,
+    ).run(plan.jobs)
     line.close()
     return failed, sorted(left)
 
 
+def submit_all(args, plan: Plan) -> None:
+    """Queue the jobs on Slurm, and say how to collect the results."""
+    logs = args.run_dir / "slurm"
+    array = submit(
+        plan.jobs,
+        logs,
+        minutes=SLURM_MINUTES if args.time is None else args.time,
+        partition=args.partition,
+        gpus=SLURM_GPUS if args.gpus_per_task is None else args.gpus_per_task,
+        cpus=plan.workers + 1,
+        max_parallel=args.max_parallel,
+    )
+    change = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
+    folder = args.run_dir if Path.cwd() == ROOT else args.run_dir.resolve()
+    print(
+        f"Slurm job array {array}: {len(plan.jobs)} runs. The output of each run is written to "
+        f"output.log in its folder, Slurm's own to {logs}.\nThe same command again queues what "
+        "is missing by then. To write the table, now or when all are done:\n  "
+        f"{change}python -m tools.report {shlex.quote(str(folder))}"
+    )
+    if plan.mismatched:
+        print(f"not reused: {', '.join(plan.mismatched)}", file=sys.stderr)
+        sys.exit(1)
+
+
 def main(argv: list[str] | None = None) -> None:
     args, forwarded = parse_args(argv)
-    plan = make_plan(args, forwarded)
+
+    # with --dry_run, standard output is for the commands alone: a program reads them
+    with contextlib.redirect_stdout(sys.stderr if args.dry_run else sys.stdout):
+        plan = make_plan(args, forwarded)
     if args.dry_run:
-        for cell in plan.cells:
-            print(shlex.join(cell.command + ["--overwrite"] * args.overwrite))
+        for job in plan.jobs:
+            print(shlex.join(job.command))
         return
-    grid = {
-        "dataset": plan.dataset,
-        "models": args.models,
-        "folds": args.folds,
-        "seeds": args.seeds,
-    }
+
+    # record what is to be done
+    grid = {"dataset": plan.dataset, "models": args.models}
+    grid |= {"folds": args.folds, "seeds": args.seeds}
     try:
         args.run_dir.mkdir(parents=True, exist_ok=True)
         write_json(args.run_dir / "sweep.json", grid)
         if args.overwrite:
-            set_aside(args.run_dir, plan.cells)
+            archive_old_runs(args.run_dir, plan.jobs)
     except OSError as error:
         raise UserError(f"--run_dir {args.run_dir} cannot be written ({error.strerror})") from error
-    started = sum((cell.folder / CONFIG).exists() for cell in plan.cells)
+    started = sum((job.folder / CONFIG).exists() for job in plan.jobs)
     print(
-        f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.cells)} to do "
-        f"({started} of them begun), {len(plan.other)} of other settings",
+        f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.jobs)} to do "
+        f"({started} of them started), {len(plan.mismatched)} with other settings",
         flush=True,
     )
 
-    if args.launcher == "slurm" and plan.cells:
+    # run it and write the table
+    if args.launcher == "slurm" and plan.jobs:
         return submit_all(args, plan)
     stop = StopRequest()
     failed, left = run_here(args, plan, stop)
-    print(write_tables(args.run_dir, **grid, skip=plan.other), flush=True)
+    print(write_tables(args.run_dir, **grid, skip=plan.mismatched), flush=True)
+
+    # what is left to do
     if left:
         again = "the same command without --overwrite" if args.overwrite else "the same command"
         raise Preempted(
             f"stopped by {stop.reason or 'a signal to a run'} with {len(left)} runs to "
-            f"do: {again} goes on"
+            f"do: {again} continues the sweep"
         )
-    if plan.other + failed:
-        print(f"failed or not reused: {', '.join(plan.other + failed)}", file=sys.stderr)
-        sys.exit(1)
-
-
-def submit_all(args, plan: Plan) -> None:
-    """Queue the cells, and say how to collect them."""
-    logs = args.run_dir / "slurm"
-    job = submit(
-        plan.cells,
-        logs,
-        minutes=args.time,
-        partition=args.partition,
-        gpus=args.gpus_per_task,
-        cpus=plan.workers + 1,
-        at_once=args.at_once,
-    )
-    there = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
-    folder = args.run_dir if Path.cwd() == ROOT else args.run_dir.resolve()
-    print(
-        f"Slurm job array {job}: {len(plan.cells)} runs. Each one's output goes to output.log in "
-        f"its folder, Slurm's own to {logs}.\nThe same command again queues what is missing "
-        "then. The table, now or when all are done:\n  "
-        f"{there}python -m tools.report {shlex.quote(str(folder))}"
-    )
-    if plan.other:
-        print(f"not reused: {', '.join(plan.other)}", file=sys.stderr)
+    if plan.mismatched + failed:
+        print(f"failed or not reused: {', '.join(plan.mismatched + failed)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,7 +1,7 @@
-"""Running the cells of a sweep on this machine: a pool of slots, one process a slot.
+"""Running the jobs of a sweep on this machine: a pool of slots, one process per slot.
 
-A cell is finished by its results.json alone, and train.py itself locks its folder. So nothing is
-claimed here: a launcher may be killed, started again, or started twice.
+A job is finished once its folder has a results.json, and train.py itself locks the folder. No job
+is claimed here, so a launcher may be killed, started again, or started twice.
 """
 
 import os
@@ -20,20 +20,20 @@ from tqdm import tqdm
 from common.errors import EXIT_BUSY, EXIT_PREEMPTED, EXIT_USAGE
 from common.files import is_locked
 
-DONE, FAILED, STOPPED, BUSY, AGAIN = "done", "failed", "stopped", "busy", "again"
+DONE, FAILED, STOPPED, BUSY, RETRY = "done", "failed", "stopped", "busy", "retry"
 OUTPUT = "output.log"
 POLL, BUSY_POLL = 0.1, 5.0  # seconds
 GRACE = 60.0  # seconds a stopped process has for saving
 
 
 @dataclass
-class Cell:
-    """One run of the sweep: its folder and the command that makes it."""
+class Job:
+    """One run of the sweep: its folder and its train.py command."""
 
     folder: Path
     command: list[str]
     failures: int = 0
-    not_before: float = 0.0  # when a cell that another process runs is looked at again
+    not_before: float = 0.0  # when to look again at a job that another process runs
 
     @property
     def name(self) -> str:
@@ -41,12 +41,17 @@ class Cell:
 
 
 class LocalPool:
-    """Runs cells in `slots`, each an environment of its own (a GPU, a share of the cores).
+    """Runs jobs, at most one per slot at a time.
 
-    `stop` is asked between polls: once true, running cells are told to save and leave, and the
-    rest is not started. `report` is called with (cell, outcome): DONE, FAILED or STOPPED once a
-    cell; AGAIN when it failed and is tried once more; BUSY when another process has it: it is
-    waited for. `polled` gets the number of running cells, again and again.
+    Args:
+        slots: environment variables of each slot (its GPU, its share of the cores).
+        stop: called at every poll; once it returns True, running jobs are told to save and exit,
+            and the rest is not started.
+        is_done: whether a job is finished.
+        report: called with (job, outcome). Each job ends with DONE, FAILED or STOPPED; before
+            that, RETRY means that it failed and is tried once more, BUSY that another process
+            runs it and that this one waits.
+        polled: called at every poll with the number of running jobs.
     """
 
     def __init__(
@@ -54,16 +59,16 @@ class LocalPool:
         slots: list[dict[str, str]],
         *,
         stop: Callable[[], bool],
-        is_done: Callable[[Cell], bool],
-        report: Callable[[Cell, str], None],
+        is_done: Callable[[Job], bool],
+        report: Callable[[Job, str], None],
         polled: Callable[[int], None] = lambda running: None,
     ):
         self.free = list(slots)
         self.stop, self.is_done, self.report, self.polled = stop, is_done, report, polled
-        self.running: list[tuple[subprocess.Popen, Cell, dict[str, str]]] = []
+        self.running: list[tuple[subprocess.Popen, Job, dict[str, str]]] = []
 
-    def run(self, cells: Iterable[Cell]) -> None:
-        waiting = deque(cells)
+    def run(self, jobs: Iterable[Job]) -> None:
+        waiting = deque(jobs)
         try:
             while (waiting or self.running) and not self.stop():
                 self._start(waiting)
@@ -73,78 +78,86 @@ class LocalPool:
         finally:
             self._end_all()
 
-    def _start(self, waiting: deque[Cell]) -> None:
+    def _start(self, waiting: deque[Job]) -> None:
         now = time.monotonic()
-        for cell in [cell for cell in waiting if cell.not_before <= now]:
+        for job in [job for job in waiting if job.not_before <= now]:
             if not self.free:
                 return
-            if is_locked(cell.folder):
-                self._wait_for(cell)
+            if is_locked(job.folder):
+                self._wait_for(job)
                 continue
-            waiting.remove(cell)
-            if self.is_done(cell):  # by another launcher, since we looked
-                self.report(cell, DONE)
+            waiting.remove(job)
+            if self.is_done(job):  # by another launcher, since we looked
+                self.report(job, DONE)
             else:
                 slot = self.free.pop(0)
-                self.running.append((start_process(cell, slot), cell, slot))
+                self.running.append((start_process(job, slot), job, slot))
 
-    def _wait_for(self, cell: Cell) -> None:
-        if not cell.not_before:
-            self.report(cell, BUSY)
-        cell.not_before = time.monotonic() + BUSY_POLL
+    def _wait_for(self, job: Job) -> None:
+        if not job.not_before:
+            self.report(job, BUSY)
+        job.not_before = time.monotonic() + BUSY_POLL
 
-    def _collect(self) -> list[Cell]:
-        """Take the ended processes; the cells to start again."""
+    def _collect(self) -> list[Job]:
+        """Handle the processes that have ended; return the jobs to start again."""
         again = []
         for entry in [entry for entry in self.running if entry[0].poll() is not None]:
-            child, cell, slot = entry
+            child, job, slot = entry
             self.running.remove(entry)
             self.free.append(slot)
             code = child.returncode
             if code == EXIT_BUSY:
-                self._wait_for(cell)
-                again.append(cell)
-            elif code == 0 and self.is_done(cell):
-                self.report(cell, DONE)
+                self._wait_for(job)
+                again.append(job)
+            elif code == 0 and self.is_done(job):
+                self.report(job, DONE)
             elif code == EXIT_PREEMPTED or self.stop():  # by the Ctrl-C that we got too
-                self.report(cell, STOPPED)
-            elif cell.failures or code == EXIT_USAGE:
-                self.report(cell, FAILED)
+                self.report(job, STOPPED)
+            elif job.failures or code == EXIT_USAGE:
+                self.report(job, FAILED)
             else:
-                cell.failures += 1
-                again.append(cell)
-                self.report(cell, AGAIN)
+                job.failures += 1
+                again.append(job)
+                self.report(job, RETRY)
         return again
 
     def _end_all(self) -> None:
         for child, _, _ in self.running:
             child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + GRACE
-        for child, cell, _ in self.running:
+        for child, job, _ in self.running:
             try:
                 child.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-            done = child.returncode == 0 and self.is_done(cell)
-            self.report(cell, DONE if done else STOPPED)
+            done = child.returncode == 0 and self.is_done(job)
+            self.report(job, DONE if done else STOPPED)
         self.running.clear()
 
 
 def make_slots(
-    cells: list[Cell], slots: int | None, gpus: list[int] | None, *, cores: int, workers: int
+    jobs: list[Job], num_slots: int | None, gpus: list[int] | None, *, cores: int, workers: int
 ) -> list[dict[str, str]]:
-    """An environment a slot: its GPU, its fair share of the cores; loaders get no more either.
+    """Environment variables per slot: its GPU and its share of the CPU cores.
 
-    `gpus` are counted as torch does, among those that CUDA_VISIBLE_DEVICES leaves it.
+    The loader workers of the jobs are capped to that share too.
+
+    Args:
+        num_slots: number of slots, where no GPUs are given; None for 1.
+        gpus: one slot per entry; a GPU that is named twice is shared by two slots. They are
+            counted as torch does, among those in CUDA_VISIBLE_DEVICES.
+        cores: CPU cores for all slots together.
+        workers: loader workers per job, as asked for.
     """
-    count = max(1, min(len(gpus or []) or slots or 1, len(cells)))
+    count = len(gpus) if gpus else num_slots or 1
+    count = max(1, min(count, len(jobs)))
     environment = {}
     if count > 1:
         share = max(1, cores // count)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(share))
-        for cell in cells:
-            cell.command += ["--workers", str(min(workers, share))]
+        for job in jobs:
+            job.command += ["--workers", str(min(workers, share))]
     if not gpus:
         return [environment] * count
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -152,32 +165,34 @@ def make_slots(
     return [{**environment, "CUDA_VISIBLE_DEVICES": ids[gpu]} for gpu in gpus[:count]]
 
 
-def start_process(cell: Cell, environment: dict[str, str]) -> subprocess.Popen:
-    """Start a cell's command, which ends itself when this process is gone (training/preemption.py);
-    what it prints is added to output.log in its folder."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
+def start_process(job: Job, environment: dict[str, str]) -> subprocess.Popen:
+    """Start a job's command; its output is appended to output.log in its folder.
+
+    The process ends itself when this one is gone (training/preemption.py).
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, **environment, "TWISTNET_LAUNCHER": str(os.getpid())}
-    with open(cell.folder / OUTPUT, "a") as output:
-        print("$", shlex.join(cell.command), file=output, flush=True)
+    with open(job.folder / OUTPUT, "a", encoding="utf-8", errors="backslashreplace") as output:
+        print("$", shlex.join(job.command), file=output, flush=True)
         return subprocess.Popen(
-            cell.command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            job.command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
 
 
-def tail(folder: Path, lines: int = 12) -> str:
-    """The last lines of a cell's output, indented."""
+def last_output(folder: Path, lines: int = 12) -> str:
+    """The last lines of a job's output, indented."""
     try:
-        text = (folder / OUTPUT).read_text(errors="replace")
+        text = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     return "\n".join(f"    {line}" for line in text.strip().splitlines()[-lines:])
 
 
-class Line:
-    """The one live line of a sweep: done, running, failed, time to go, mean accuracy a model.
+class ProgressLine:
+    """The live line of a sweep: done, running, failed, time left, mean accuracy per model.
 
-    `results` are those of the cells that were finished before. Without a terminal there are only
-    the lines that `say` prints.
+    `results` are those of the jobs that were finished before. Without a terminal, only the lines
+    that `say` prints are shown.
     """
 
     def __init__(self, total: int, results: list[dict], failed: int):
@@ -199,7 +214,7 @@ class Line:
         self.accuracies.setdefault(results["model"], []).append(results["test_acc"])
 
     def add(self, name: str, results: dict) -> None:
-        """A cell is done."""
+        """Count a finished job, and print its line."""
         self._count(results)
         self.done += 1
         self.bar.update()
@@ -213,7 +228,7 @@ class Line:
         sys.stdout.flush()
 
     def show(self, running: int) -> None:
-        """Draw it anew, at most once a second."""
+        """Draw the line again, at most once per second."""
         if time.monotonic() - self.shown < 1:
             return
         self.shown = time.monotonic()

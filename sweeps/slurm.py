@@ -1,7 +1,7 @@
-"""Running the cells of a sweep as a Slurm job array, through submitit (an optional package).
+"""Running the jobs of a sweep as a Slurm job array, through submitit (an optional package).
 
-Slurm sends a job that it preempts, or whose time is up, a user signal, which submitit answers by
-calling `checkpoint` and queueing the job again. The run then goes on from its own latest.pt.
+Slurm sends a user signal to a task that it preempts or whose time is up. submitit answers it by
+calling `checkpoint` and queueing the task again, and the run resumes from its own latest.pt.
 """
 
 import contextlib
@@ -13,25 +13,27 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import EXIT_BUSY, EXIT_PREEMPTED, EXIT_USAGE, UserError
-from sweeps.launching import Cell, start_process, tail
+from common.optional import import_optional
+from sweeps.launching import Job, last_output, start_process
 
 ROOT = Path(__file__).resolve().parent.parent
-BUSY_POLL = 60.0  # seconds between looks at a cell that another process runs
-LAST_WAIT = 900.0  # seconds in which whoever sent SIGTERM to a job ends it
-ANY_NUMBER = 10**6  # of times that a job may run into its time limit and go on
+BUSY_POLL = 60.0  # seconds between looks at a job that another process runs
+LAST_WAIT = 900.0  # seconds that Slurm takes to kill a task after SIGTERM
+MAX_PARALLEL = 256  # tasks at a time, where the user sets no limit
+ANY_NUMBER = 10**6  # of times that a task may reach its time limit and be queued again
 
 
-class CellJob:
-    """What a job runs: one cell's train.py, whose output goes to its output.log as ever."""
+class SlurmTask:
+    """A task of the array: one job's train.py, whose output is appended to its output.log."""
 
-    def __init__(self, cell: Cell, environment: dict[str, str]):
-        self.cell, self.environment = cell, environment
+    def __init__(self, job: Job, environment: dict[str, str]):
+        self.job, self.environment = job, environment
         self.child = None
 
     def __call__(self) -> None:
-        """Run until the cell is finished. UserError where it failed twice, or can never run."""
+        """Run until the job is finished. Raises UserError if it failed twice, or on bad input."""
         while True:
-            self.child = start_process(self.cell, self.environment)
+            self.child = start_process(self.job, self.environment)
             code = self.child.wait()
             self.child = None
             if code == 0:
@@ -39,54 +41,54 @@ class CellJob:
             if code == EXIT_BUSY:
                 time.sleep(BUSY_POLL)
             elif code == EXIT_PREEMPTED:
-                # It was signalled, and so are we: `checkpoint` is about to be called. Or it was
-                # SIGTERM, which Slurm sends before it kills: a job that ended by itself now would
-                # count as failed, and Slurm would not queue it again.
+                # The run was signalled, and so is this task: `checkpoint` is about to be called.
+                # Or it was SIGTERM, which Slurm sends before it kills: a task that ended by itself
+                # now would count as failed, and Slurm would not queue it again.
                 time.sleep(LAST_WAIT)
-            elif self.cell.failures or code == EXIT_USAGE:
+            elif self.job.failures or code == EXIT_USAGE:
                 raise UserError(
-                    f"{self.cell.name} failed with exit code {code}; its output ends "
-                    f"with\n{tail(self.cell.folder)}"
+                    f"{self.job.name} failed with exit code {code}; its output ends "
+                    f"with\n{last_output(self.job.folder)}"
                 )
             else:
-                self.cell.failures += 1
+                self.job.failures += 1
 
     def checkpoint(self):
-        """Called by submitit in a signal handler: have the run save, and give back what to queue.
-
-        Not `child.wait()`: that may be what the signal interrupted, and its lock is not reentrant.
-        """
+        """Called by submitit in a signal handler: let the run save, and return what to queue."""
         from submitit.helpers import DelayedSubmission
 
         child = self.child
         if child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, signal.SIGTERM)
+            # not child.wait(): the signal may have interrupted it, and its lock is not reentrant
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        fresh = Cell(self.cell.folder, self.cell.command)
-        return DelayedSubmission(CellJob(fresh, self.environment))
+        fresh = Job(self.job.folder, self.job.command)
+        return DelayedSubmission(SlurmTask(fresh, self.environment))
 
 
 def submit(
-    cells: Iterable[Cell],
+    jobs: Iterable[Job],
     logs: Path,
     *,
     minutes: int,
     partition: str | None,
     gpus: int,
     cpus: int,
-    at_once: int | None,
+    max_parallel: int | None,
 ) -> str:
-    """Queue the cells as one job array and give back its number; its files go to `logs`.
+    """Queue the jobs as one job array and return its number.
 
-    Each task gets `gpus` and `cpus` of one machine for `minutes`, after which it is queued again;
-    at most `at_once` run at a time. UserError where there is no submitit, no Slurm, or a refusal.
+    Args:
+        logs: folder of Slurm's and submitit's own files.
+        minutes: time limit of a task, after which it is queued again.
+        gpus, cpus: what each task gets, on one machine.
+        max_parallel: largest number of tasks at a time; None for as many as Slurm starts.
+
+    Raises UserError if submitit or Slurm is not installed, or if Slurm refuses.
     """
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("--launcher slurm needs submitit: pip install submitit") from error
+    submitit = import_optional("submitit", purpose="Slurm jobs")
     path = shlex.quote(str(ROOT))
     try:
         executor = submitit.SlurmExecutor(logs, max_num_timeout=ANY_NUMBER)
@@ -97,14 +99,14 @@ def submit(
             gpus_per_node=gpus or None,
             cpus_per_task=cpus,
             srun_args=["--cpus-per-task", str(cpus)],  # which srun no longer takes from sbatch
-            array_parallelism=at_once or 256,
+            array_parallelism=max_parallel or MAX_PARALLEL,
             stderr_to_stdout=True,
             setup=[f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"'],
             additional_parameters={"requeue": True},
         )
         with executor.batch():
             threads = {"OMP_NUM_THREADS": str(cpus)}
-            jobs = [executor.submit(CellJob(cell, threads)) for cell in cells]
+            jobs = [executor.submit(SlurmTask(job, threads)) for job in jobs]
     except (RuntimeError, OSError) as error:
         raise UserError(f"--launcher slurm: {error}") from error
     return jobs[0].job_id.partition("_")[0]

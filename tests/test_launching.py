@@ -11,90 +11,92 @@ import pytest
 from common.files import is_locked
 from sweeps import launching
 from sweeps.launching import (
-    AGAIN,
     BUSY,
     DONE,
     FAILED,
+    RETRY,
     STOPPED,
-    Cell,
-    Line,
+    Job,
     LocalPool,
+    ProgressLine,
+    last_output,
     make_slots,
-    tail,
 )
 
 
-def cell(folder: Path, name: str, code: str) -> Cell:
-    """A cell whose command is Python; `done()` in it leaves the results."""
+def job(folder: Path, name: str, code: str) -> Job:
+    """A job whose command is Python; `done()` in it leaves the results."""
     start = (
         f"import os, sys, time; os.chdir({str(folder / name)!r})\n"
         "def done(): open('results.json', 'w').close()\n"
     )
-    return Cell(folder / name, [sys.executable, "-S", "-c", start + code])
+    return Job(folder / name, [sys.executable, "-S", "-c", start + code])
 
 
-def is_done(cell: Cell) -> bool:
-    return (cell.folder / "results.json").exists()
+def is_done(job: Job) -> bool:
+    return (job.folder / "results.json").exists()
 
 
-def run_pool(cells, slots=({},), stop=lambda: False, **more):
+def run_pool(jobs, slots=({},), stop=lambda: False, **more):
     """All outcomes, in order, as (name, outcome)."""
     outcomes = []
     LocalPool(
         list(slots),
         stop=stop,
         is_done=is_done,
-        report=lambda cell, outcome: outcomes.append((cell.name, outcome)),
+        report=lambda job, outcome: outcomes.append((job.name, outcome)),
         **more,
-    ).run(cells)
+    ).run(jobs)
     return outcomes
 
 
-def test_cells_run_on_their_slots_and_never_more_at_once(tmp_path):
+def test_cells_run_on_their_slots_and_never_more_max_parallel(tmp_path):
     work = "time.sleep(0.3); print(os.environ['GPU'], os.environ['TWISTNET_LAUNCHER']); done()"
     counts = []
-    cells = [cell(tmp_path, name, work) for name in "abcde"]
-    outcomes = run_pool(cells, [{"GPU": "0"}, {"GPU": "1"}], polled=counts.append)
+    jobs = [job(tmp_path, name, work) for name in "abcde"]
+    outcomes = run_pool(jobs, [{"GPU": "0"}, {"GPU": "1"}], polled=counts.append)
     assert sorted(outcomes) == [(name, DONE) for name in "abcde"]
     assert max(counts) == 2
-    used = [tail(cell.folder, lines=1).split() for cell in cells]
+    used = [last_output(job.folder, lines=1).split() for job in jobs]
     assert {gpu for gpu, _ in used} == {"0", "1"}
     assert {launcher for _, launcher in used} == {str(os.getpid())}
 
 
 def test_the_output_is_added_to_the_folder_under_its_command(tmp_path):
-    one = cell(tmp_path, "a b", "print('hello'); print('oh', file=sys.stderr); done()")
+    one = job(tmp_path, "a b", "print('hello'); print('oh', file=sys.stderr); done()")
     for _ in range(2):
         run_pool([one])
         (one.folder / "results.json").unlink()
     lines = (one.folder / "output.log").read_text().splitlines()
     assert lines.count("hello") == lines.count("oh") == 2
     assert lines[0].startswith(f"$ {sys.executable}")
-    assert tail(one.folder, lines=1).strip() in ("hello", "oh") and tail(tmp_path) == ""
+    assert (
+        last_output(one.folder, lines=1).strip() in ("hello", "oh") and last_output(tmp_path) == ""
+    )
 
 
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("sys.exit(1)", [AGAIN, FAILED]),
-        ("os.kill(os.getpid(), 9)", [AGAIN, FAILED]),
+        ("sys.exit(1)", [RETRY, FAILED]),
+        ("os.kill(os.getpid(), 9)", [RETRY, FAILED]),
         ("sys.exit(2)", [FAILED]),  # bad input stays bad
-        ("pass", [AGAIN, FAILED]),  # exit 0, but no results: not finished
+        ("pass", [RETRY, FAILED]),  # exit 0, but no results: not finished
         ("sys.exit(75)", [STOPPED]),  # somebody asked this run alone to stop
         (
             "seen = os.path.exists('x'); open('x', 'w'); done() if seen else sys.exit(1)",
-            [AGAIN, DONE],
+            [RETRY, DONE],
         ),
     ],
 )
 def test_a_failed_run_is_tried_once_more(tmp_path, code, expected):
-    outcomes = run_pool([cell(tmp_path, "a", code), cell(tmp_path, "b", "done()")])
+    outcomes = run_pool([job(tmp_path, "a", code), job(tmp_path, "b", "done()")])
     assert [outcome for name, outcome in outcomes if name == "a"] == expected
     assert ("b", DONE) in outcomes  # the sweep goes on
 
 
 def test_a_finished_cell_is_not_run(tmp_path):
-    one = cell(tmp_path, "a", "sys.exit(1)")
+    one = job(tmp_path, "a", "sys.exit(1)")
     one.folder.mkdir()
     (one.folder / "results.json").touch()
     assert run_pool([one]) == [("a", DONE)]
@@ -103,7 +105,7 @@ def test_a_finished_cell_is_not_run(tmp_path):
 
 def test_a_cell_of_another_process_is_waited_for_while_others_run(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "BUSY_POLL", 0.2)
-    one, other = cell(tmp_path, "a", "sys.exit(1)"), cell(tmp_path, "b", "done()")
+    one, other = job(tmp_path, "a", "sys.exit(1)"), job(tmp_path, "b", "done()")
     one.folder.mkdir()
     holder = subprocess.Popen(
         [
@@ -128,7 +130,7 @@ def test_a_cell_of_another_process_is_waited_for_while_others_run(tmp_path, monk
 def test_a_cell_that_another_process_took_first_is_no_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "BUSY_POLL", 0.2)
     code = "seen = os.path.exists('x'); open('x', 'w'); done() if seen else sys.exit(3)"
-    assert run_pool([cell(tmp_path, "a", code)]) == [("a", BUSY), ("a", DONE)]
+    assert run_pool([job(tmp_path, "a", code)]) == [("a", BUSY), ("a", DONE)]
 
 
 SAVES = (
@@ -138,18 +140,18 @@ SAVES = (
 
 
 def test_a_stop_has_runs_save_and_starts_no_more(tmp_path):
-    cells = [cell(tmp_path, name, SAVES) for name in "ab"]
-    up = cells[0].folder / "up"
+    jobs = [job(tmp_path, name, SAVES) for name in "ab"]
+    up = jobs[0].folder / "up"
     started = time.monotonic()
-    assert run_pool(cells, stop=up.exists) == [("a", STOPPED)]
+    assert run_pool(jobs, stop=up.exists) == [("a", STOPPED)]
     assert time.monotonic() - started < 10
-    assert "saved" in tail(cells[0].folder) and not cells[1].folder.exists()
+    assert "saved" in last_output(jobs[0].folder) and not jobs[1].folder.exists()
 
 
 def test_a_run_that_does_not_leave_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "GRACE", 0.5)
     code = "import signal; signal.signal(15, signal.SIG_IGN); open('up', 'w'); time.sleep(60)"
-    one = cell(tmp_path, "a", code)
+    one = job(tmp_path, "a", code)
     assert run_pool([one], stop=(one.folder / "up").exists) == [("a", STOPPED)]
 
 
@@ -159,36 +161,37 @@ def test_runs_are_ended_when_the_launcher_breaks(tmp_path):
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space"):
-        run_pool([cell(tmp_path, "a", SAVES)], polled=broken)
-    assert "saved" in tail(tmp_path / "a")
+        run_pool([job(tmp_path, "a", SAVES)], polled=broken)
+    assert "saved" in last_output(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
-    ("slots", "gpus", "cells", "cores", "threads", "workers", "devices"),
+    ("slots", "gpus", "jobs", "cores", "threads", "workers", "devices"),
     [
         (None, None, 4, 8, None, None, [None]),
         (2, None, 4, 8, "4", "4", [None, None]),
-        (8, None, 3, 8, "2", "2", [None] * 3),  # no more slots than cells
+        (8, None, 3, 8, "2", "2", [None] * 3),  # no more slots than jobs
         (4, None, 4, 2, "1", "1", [None] * 4),
         (None, [0], 4, 8, None, None, ["0"]),
         (None, [3, 1], 4, 16, "8", "6", ["3", "1"]),
         (None, [0, 1], 0, 16, None, None, ["0"]),
+        (None, [1, 1, 0], 4, 6, "2", "2", ["1", "1", "0"]),  # two runs share GPU 1
     ],
 )
-def test_slots_share_the_cores(monkeypatch, slots, gpus, cells, cores, threads, workers, devices):
+def test_slots_share_the_cores(monkeypatch, slots, gpus, jobs, cores, threads, workers, devices):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cells = [Cell(Path(str(n)), ["run"]) for n in range(cells)]
-    made = make_slots(cells, slots, gpus, cores=cores, workers=6)
+    jobs = [Job(Path(str(n)), ["run"]) for n in range(jobs)]
+    made = make_slots(jobs, slots, gpus, cores=cores, workers=6)
     assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in made] == devices
     assert {slot.get("OMP_NUM_THREADS") for slot in made} == {threads}
-    assert all(c.command == (["run", "--workers", workers] if workers else ["run"]) for c in cells)
+    assert all(c.command == (["run", "--workers", workers] if workers else ["run"]) for c in jobs)
 
 
 def test_slots_keep_to_what_the_user_has_set(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    made = make_slots([Cell(Path("a"), []), Cell(Path("b"), [])], None, [0, 1], cores=8, workers=4)
+    made = make_slots([Job(Path("a"), []), Job(Path("b"), [])], None, [0, 1], cores=8, workers=4)
     assert made == [
         {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "4"},
         {"OMP_NUM_THREADS": "3", "CUDA_VISIBLE_DEVICES": "7"},
@@ -196,7 +199,7 @@ def test_slots_keep_to_what_the_user_has_set(monkeypatch):
 
 
 def test_the_line_has_counts_and_mean_accuracies(capsys):
-    line = Line(4, [{"model": "a", "test_acc": 10.0}], failed=1)
+    line = ProgressLine(4, [{"model": "a", "test_acc": 10.0}], failed=1)
     line.add("x", {"model": "a", "test_acc": 20.0, "val_acc": 25.0, "seconds": 61.2})
     line.add("y", {"model": "b", "test_acc": 5.0, "val_acc": 1.0, "seconds": 1.0})
     seen = []

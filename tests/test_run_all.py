@@ -1,5 +1,7 @@
 """run_all.py from its command line to its table, and through everything that stops it."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from common.cli import run
 from common.files import is_locked
 from common.processes import STOP_SIGNALS
 from data.synthetic import write_dtd
+from models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE, TWO = "dtd_fold1_resnet18_seed42", "dtd_fold2_resnet18_seed42"
@@ -70,16 +73,16 @@ def call(*argv: str) -> int:
 
 @pytest.fixture(scope="module")
 def swept(data) -> Path:
-    """Two finished cells."""
+    """Two finished jobs."""
     done = subprocess.run(
-        [sys.executable, ROOT / "run_all.py", *flags("my runs", "--folds", "1-2", "--slots", "2")],
+        [sys.executable, ROOT / "run_all.py", *flags("my runs", "--folds", "1-2", "--jobs", "2")],
         cwd=data.parent,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("2 runs: 0 finished, 2 to do (0 of them begun)")
+    assert done.stdout.startswith("2 runs: 0 finished, 2 to do (0 of them started)")
     assert "[2/2] dtd_fold" in done.stdout and "| resnet18 | 11.18" in done.stdout
     return data.parent / "my runs"
 
@@ -116,7 +119,7 @@ def test_runs_of_other_settings_are_named_first_and_neither_reused_nor_touched(s
     )
     assert TWO in second
     assert last == f"failed or not reused: {ONE}, {TWO}"
-    assert "0 to do (0 of them begun), 2 of other settings" in out
+    assert "0 to do (0 of them started), 2 with other settings" in out
     assert "2 of 2 missing" in out  # their results are not in the table
     assert files(swept) == before
 
@@ -126,10 +129,10 @@ def test_dry_run_prints_commands_that_work_when_pasted(swept, capsys):
     assert call(*flags("my runs", "--seeds", "42-43", "--dry_run")) == 0
     out, err = capsys.readouterr()
     (line,) = out.splitlines()
-    assert not err and "--seed 43" in line
+    assert "--seed 43" in line and err == "resnet18: weights from none\n"
     assert call(*flags("my runs", "--dry_run", epochs=2)) == 0
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("not reused: ")  # nothing but commands for GNU parallel
+    assert out == "" and "\nnot reused: " in err  # nothing but commands for GNU parallel
     assert call(*flags("my runs", "--dry-run", "--overwrite")) == 0
     assert shlex.split(capsys.readouterr().out)[-1] == "--overwrite"
     assert files(swept) == before
@@ -138,10 +141,30 @@ def test_dry_run_prints_commands_that_work_when_pasted(swept, capsys):
     assert "2 runs: 2 finished, 0 to do" in capsys.readouterr().out
 
 
+def test_dry_run_prints_commands_only_whatever_the_checks_print(data, tmp_path, monkeypatch):
+    """Neither the weights that are found, nor a download, may end up in a job array's list."""
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "the data").symlink_to(data)
+    weights = build_model("resnet18", 10).state_dict()
+    torch.save(weights, tmp_path / "weights" / "resnet18_imagenet.pt")
+    monkeypatch.chdir(tmp_path)
+    load_data = train.load_data
+    monkeypatch.setattr(train, "load_data", lambda args: print("downloading") or load_data(args))
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        words = flags("new runs", "--folds", "1-2", "--dry_run")
+        words[words.index("none")] = "auto"
+        assert call(*words) == 0
+    for line, fold in zip(out.getvalue().splitlines(), "12", strict=True):
+        assert shlex.split(line)[2].endswith("train.py") and f"--fold {fold}" in line
+    assert "resnet18: weights from weights/resnet18_imagenet.pt" in err.getvalue()
+    assert "downloading" in err.getvalue() and "[Auto-detected]" not in err.getvalue()
+
+
 def test_overwrite_runs_again_and_keeps_the_old_run(swept, capsys):
     old = (swept / ONE / "results.json").read_text()
     assert call(*flags("my runs", "--overwrite")) == 0
-    assert "--overwrite: the old run now lies in" in capsys.readouterr().out
+    assert "--overwrite: moved the old run to" in capsys.readouterr().out
     (aside,) = (swept / "overwritten").iterdir()
     assert aside.name.startswith(ONE) and (aside / "results.json").read_text() == old
     assert (aside / "output.log").exists()
@@ -173,7 +196,7 @@ def fake_train(monkeypatch, tmp_path):
 def test_a_failed_run_is_tried_again_and_reported_with_its_last_lines(fake_train, tmp_path, capsys):
     fake_train("sys.exit(words['--fold'] == '1')")
     run_dir = str(tmp_path / "runs")
-    assert call(*flags(run_dir, "--folds", "1-2", "--slots", "2")) == 1
+    assert call(*flags(run_dir, "--folds", "1-2", "--jobs", "2")) == 1
     out, err = capsys.readouterr()
     assert f"{ONE} failed; its output ends with\n    $ " in out and "once more" in out
     assert f"{ONE} failed twice; its output ends with\n" in out and f"    line of {ONE}" in out
@@ -187,7 +210,7 @@ def test_a_failed_run_is_tried_again_and_reported_with_its_last_lines(fake_train
 def test_a_run_that_was_stopped_alone_leaves_the_sweep_unfinished(fake_train, tmp_path, capsys):
     fake_train("sys.exit(75)")
     assert call(*flags(str(tmp_path / "runs"))) == 75
-    assert "with 1 runs to do: the same command goes on" in capsys.readouterr().err
+    assert "with 1 runs to do: the same command continues the sweep" in capsys.readouterr().err
 
 
 def test_overwrite_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
@@ -220,17 +243,20 @@ def test_overwrite_leaves_everything_alone_where_a_run_is_going_on(swept, capsys
         (["--folds", "3-1"], ["3-1"]),
         (["--seeds", "1,1"], ["1,1"]),
         (["--models", "resnet18,resnet50"], ["resnet50", "twistnet18_no_ais"]),
-        (["--fold", "1"], ["--fold is for train.py", "--folds"]),
+        (["--fold", "1"], ["--fold is a flag of train.py", "--folds"]),
         (["--epoch", "1"], ["--epoch"]),
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--data_dir", "nowhere"], ["nowhere"]),
         (["--pretrained", "nowhere.pt"], ["nowhere.pt"]),
         (["--run_dir", "the data/labels/train1.txt"], ["--run_dir", "train1.txt"]),
-        (["--slots", "0"], ["--slots"]),
-        (["--slots", "2", "--gpus", "0"], ["--slots", "--gpus"]),
+        (["--jobs", "0"], ["--jobs"]),
+        (["--jobs", "2", "--gpus", "0"], ["--jobs", "--gpus"]),
         (["--gpus", "64"], ["--gpus 64"]),
-        (["--at_once", "3"], ["--at_once goes with --launcher slurm"]),
-        (["--launcher", "slurm", "--slots", "3"], ["--slots goes with --launcher local"]),
+        (["--gpus", "0,0,2"], ["--gpus 2"]),  # two runs on GPU 0 are allowed, GPU 2 is not there
+        (["--gpus", "0,"], ["--gpus", "'0,'"]),
+        (["--fold=1"], ["--fold is a flag of train.py", "--folds"]),
+        (["--max_parallel", "3"], ["--max_parallel goes with --launcher slurm"]),
+        (["--launcher", "slurm", "--jobs", "3"], ["--jobs goes with --launcher local"]),
         (["--launcher", "slurm", "--time", "1"], ["--time", "10"]),
         (["--launcher", "slurm"], ["pip install submitit"]),
     ],
@@ -286,21 +312,23 @@ def test_a_sweep_goes_on_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
         stopped = time.monotonic()
         output = sweep.communicate()[0]
         assert sweep.returncode in (75, -signal.SIGKILL), output
-        assert sweep.returncode < 0 or "1 runs to do: the same command goes on" in output
+        assert (
+            sweep.returncode < 0 or "1 runs to do: the same command continues the sweep" in output
+        )
         wait_until(lambda: not is_locked(folder), 15)  # no orphan works on
         assert time.monotonic() - stopped < 20
         assert json.loads((folder / "status.json").read_text())["state"] == "preempted"
         assert not (folder / "results.json").exists()
     assert call(*flags(str(tmp_path), epochs=epochs)) == 0
-    assert "0 finished, 1 to do (1 of them begun)" in capsys.readouterr().out
+    assert "0 finished, 1 to do (1 of them started)" in capsys.readouterr().out
     check_each_epoch_ran_once(folder, epochs)
     assert (folder / "output.log").read_text().count("going on with") == 2
 
 
-def test_two_at_once_share_the_cells_and_lose_none_when_one_is_stopped(tmp_path):
+def test_two_max_parallel_share_the_cells_and_lose_none_when_one_is_stopped(tmp_path):
     folders, epochs = [tmp_path / ONE, tmp_path / TWO], 24  # long after the signal has come
     sweeps = [start(str(tmp_path), "--folds", "1-2", epochs=epochs) for _ in range(2)]
-    wait_until(lambda: all(logged(folder) for folder in folders))  # one cell each
+    wait_until(lambda: all(logged(folder) for folder in folders))  # one job each
     sweeps[0].terminate()
     outputs = [sweep.communicate()[0] for sweep in sweeps]
     assert [sweep.returncode for sweep in sweeps] == [75, 0], outputs

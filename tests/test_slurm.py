@@ -16,18 +16,18 @@ import slurm_cluster
 from common.errors import UserError
 from data.synthetic import write_dtd
 from sweeps import slurm
-from sweeps.launching import Cell
-from sweeps.slurm import CellJob, submit
+from sweeps.launching import Job
+from sweeps.slurm import SlurmTask, submit
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def job(tmp_path: Path, code: str) -> CellJob:
+def job(tmp_path: Path, code: str) -> SlurmTask:
     start = (
         f"import os, signal, sys, time; os.chdir({str(tmp_path)!r})\n"
         "open('starts', 'a').write('x'); starts = os.path.getsize('starts')\n"
     )
-    return CellJob(Cell(tmp_path, [sys.executable, "-S", "-c", start + code]), {"THREADS": "7"})
+    return SlurmTask(Job(tmp_path, [sys.executable, "-S", "-c", start + code]), {"THREADS": "7"})
 
 
 @pytest.mark.parametrize(
@@ -85,19 +85,19 @@ def test_preempted_it_has_the_run_save_before_it_is_queued_again(tmp_path):
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert (tmp_path / "saved").exists()
-    assert again[0].cell == one.cell and again[0].child is None
-    assert isinstance(one.checkpoint().function, CellJob)  # also where no run is left
+    assert again[0].job == one.job and again[0].child is None
+    assert isinstance(one.checkpoint().function, SlurmTask)  # also where no run is left
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
-    wanted = {"minutes": 60, "partition": None, "gpus": 0, "cpus": 1, "at_once": None}
+    wanted = {"minutes": 60, "partition": None, "gpus": 0, "cpus": 1, "max_parallel": None}
     pytest.importorskip("submitit", reason="pip install submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="srun"):
-        submit([Cell(tmp_path, ["true"])], tmp_path / "logs", **wanted)
+        submit([Job(tmp_path, ["true"])], tmp_path / "logs", **wanted)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match="pip install submitit"):
-        submit([Cell(tmp_path, ["true"])], tmp_path / "logs", **wanted)
+        submit([Job(tmp_path, ["true"])], tmp_path / "logs", **wanted)
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_sweep_on_a_cluster_survives_a_preemption(cluster, tmp_path):
             "low",
             "--gpus_per_task",
             "0",
-            "--at_once",
+            "--max_parallel",
             "2",
         ],
         cwd=tmp_path,

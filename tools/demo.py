@@ -97,7 +97,7 @@ def main() -> None:
             "6",
             "--batch_size",
             "16",
-            "--slots",
+            "--jobs",
             "2",
             "--run_dir",
             "runs",

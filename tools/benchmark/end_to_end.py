@@ -73,7 +73,7 @@ def sweep(args) -> dict:
                 "1-2",
                 "--seeds",
                 seed,
-                "--slots",
+                "--jobs",
                 2,
                 "--run_dir",
                 out,
