@@ -265,7 +265,8 @@ def check_weights(models: list[str], num_classes: int, pretrained: str) -> None:
         network = build_model(model, num_classes)
         with contextlib.redirect_stdout(io.StringIO()):  # each run's output.log has the details
             weights = load_pretrained(network, model, pretrained)
-        print(f"{model}: weights from {weights['source']}", flush=True)
+        source = "random weights" if weights["source"] == "none" else weights["source"]
+        print(f"{model} starts from {source}", flush=True)
 
 
 def add_to_plan(plan: Plan, job: Job, args) -> None:

@@ -82,7 +82,9 @@ def swept(data) -> Path:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("2 runs: 0 finished, 2 to do (0 of them started)")
+    assert done.stdout.startswith(
+        "resnet18 starts from random weights\n2 runs: 0 finished, 2 to do (0 of them started)"
+    )
     assert "[2/2] dtd_fold" in done.stdout and "| resnet18 | 11.18" in done.stdout
     return data.parent / "my runs"
 
@@ -129,7 +131,7 @@ def test_dry_run_prints_commands_that_work_when_pasted(swept, capsys):
     assert call(*flags("my runs", "--seeds", "42-43", "--dry_run")) == 0
     out, err = capsys.readouterr()
     (line,) = out.splitlines()
-    assert "--seed 43" in line and err == "resnet18: weights from none\n"
+    assert "--seed 43" in line and err == "resnet18 starts from random weights\n"
     assert call(*flags("my runs", "--dry_run", epochs=2)) == 0
     out, err = capsys.readouterr()
     assert out == "" and "\nnot reused: " in err  # nothing but commands for GNU parallel
@@ -157,7 +159,7 @@ def test_dry_run_prints_commands_only_whatever_the_checks_print(data, tmp_path, 
         assert call(*words) == 0
     for line, fold in zip(out.getvalue().splitlines(), "12", strict=True):
         assert shlex.split(line)[2].endswith("train.py") and f"--fold {fold}" in line
-    assert "resnet18: weights from weights/resnet18_imagenet.pt" in err.getvalue()
+    assert "resnet18 starts from weights/resnet18_imagenet.pt" in err.getvalue()
     assert "downloading" in err.getvalue() and "[Auto-detected]" not in err.getvalue()
 
 
