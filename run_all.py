@@ -21,7 +21,6 @@ import torch
 import train
 from common.cli import Parser, at_least, run
 from common.errors import Preempted, UserError
-from common.files import write_json
 from common.processes import usable_cpus
 from data.images import spot_check
 from models import MODELS, build_model
@@ -37,6 +36,7 @@ from sweeps.launching import (
     last_output,
     make_slots,
 )
+from sweeps.runs import add_plan
 from sweeps.slurm import submit
 from sweeps.tables import write_tables
 from training.preemption import StopRequest
@@ -379,11 +379,15 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # record what is to be done
-    grid = {"dataset": plan.dataset, "models": args.models}
-    grid |= {"folds": args.folds, "seeds": args.seeds}
     try:
         args.run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(args.run_dir / "sweep.json", grid)
+        add_plan(
+            args.run_dir,
+            dataset=plan.dataset,
+            models=args.models,
+            folds=args.folds,
+            seeds=args.seeds,
+        )
         if args.overwrite:
             archive_old_runs(args.run_dir, plan.jobs)
     except OSError as error:
@@ -395,12 +399,18 @@ def main(argv: list[str] | None = None) -> None:
         flush=True,
     )
 
-    # run it and write the table
+    # run it and write the table, which is of everything in RUN_DIR
     if args.launcher == "slurm" and plan.jobs:
         return submit_all(args, plan)
     stop = StopRequest()
     failed, left = run_here(args, plan, stop)
-    print(write_tables(args.run_dir, **grid, skip=plan.mismatched), flush=True)
+    notes = []
+    if plan.mismatched:
+        notes.append(
+            "Runs with other settings than the last run_all.py asked for, which it did not run: "
+            f"{', '.join(plan.mismatched)}."
+        )
+    print(write_tables(args.run_dir, dataset=plan.dataset, notes=notes), flush=True)
 
     # what is left to do
     if left:

@@ -15,7 +15,7 @@ from common.errors import Busy, UserError
 LOCK = ".lock"
 TEMPORARY = ".{name}.tmp{process}"  # what write_atomic writes before it renames
 MARK_RANGE = 1 << 20  # bytes at each end of a file in which check_outputs looks for a mark
-LOCK_ATTEMPTS = 3  # one per second: a process that was just killed takes a moment to be gone
+LOCK_WAIT = 2  # seconds: a process that was just killed takes a moment to be gone
 
 
 # ---------------------------------------------------------------- writing
@@ -24,12 +24,15 @@ LOCK_ATTEMPTS = 3  # one per second: a process that was just killed takes a mome
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a power cut, finds the old content or the new.
 
-    Text is written as UTF-8. Raises OSError, and then leaves the old file as it was.
+    Text is written as UTF-8; bytes of file names that are not UTF-8 are written as \\udcXX.
+    Raises OSError, and then leaves the old file as it was.
     """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")
     temporary = path.with_name(TEMPORARY.format(name=path.name, process=os.getpid()))
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -210,11 +213,11 @@ def try_lock(file) -> bool:
     return True
 
 
-def open_lock(folder: Path, *, required: bool = True):
+def open_lock(folder: Path, *, required: bool = True, wait: int = LOCK_WAIT):
     """Create `folder` and lock it for this process, until the returned file is closed.
 
-    Raises Busy where another process holds it, and UserError where it cannot be written, or, if
-    the lock is `required`, is on a file system without locks.
+    Raises Busy where another process holds it for `wait` seconds and more, and UserError where it
+    cannot be written, or, if the lock is `required`, is on a file system without locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,10 +225,10 @@ def open_lock(folder: Path, *, required: bool = True):
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror})") from error
     try:
-        for attempt in range(LOCK_ATTEMPTS):
+        for attempt in range(wait + 1):
             if try_lock(file):
                 return file
-            if attempt < LOCK_ATTEMPTS - 1:
+            if attempt < wait:
                 time.sleep(1)
     except OSError as error:
         if not required:
@@ -239,12 +242,12 @@ def open_lock(folder: Path, *, required: bool = True):
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, *, required: bool = True) -> Iterator[None]:
+def lock_folder(folder: Path, *, required: bool = True, wait: int = LOCK_WAIT) -> Iterator[None]:
     """Hold the lock of `folder` inside a with block; raises as open_lock does.
 
     With `required` False, a folder on a file system without locks is used without one.
     """
-    with open_lock(folder, required=required):
+    with open_lock(folder, required=required, wait=wait):
         yield
 
 

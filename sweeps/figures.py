@@ -1,21 +1,21 @@
 """The figures of a report, drawn with matplotlib (optional: pip install matplotlib).
 
-Colours are Okabe and Ito's, told apart by colour-blind readers; lines and markers differ too,
-so that a print in grey can be read. Widths are for a page of two columns.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; lines and markers differ
+too, so that a print in grey can be read. Widths are for a page of two columns.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import write_atomic
-from sweeps.classes import class_differences, confusion
-from sweeps.grid import Sweep
-from sweeps.rows import Row
+from common.files import printable, write_atomic
+from common.optional import import_optional
+from sweeps.comparison import Row, class_differences, confusion, count, paired_means
+from sweeps.runs import Sweep, read_log
 from sweeps.statistics import Comparison, fold_means
 
 COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -55,15 +55,11 @@ def new_figure(path: Path, height: float, width: float = WIDTH, *, author: str =
 
     The picture's metadata names `author`, the tool that writes it.
     """
-    try:
-        import matplotlib.font_manager
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("figures need matplotlib: pip install matplotlib") from error
+    matplotlib = import_matplotlib()
     installed = matplotlib.font_manager.get_font_names()
     fonts = ["DejaVu Sans", *(name for name in CHINESE if name in installed)]
     with matplotlib.rc_context({**STYLE, "font.sans-serif": fonts}):
-        figure = Figure(figsize=(width, height))
+        figure = matplotlib.figure.Figure(figsize=(width, height))
         yield figure
         picture, metadata = io.BytesIO(), {AUTHOR_KEYS[path.suffix]: mark_of(author).decode()}
         figure.savefig(picture, format=path.suffix[1:], metadata=metadata)
@@ -71,16 +67,34 @@ def new_figure(path: Path, height: float, width: float = WIDTH, *, author: str =
         write_atomic(path, picture.getvalue())
 
 
+def import_matplotlib():
+    """matplotlib, imported without MPLBACKEND.
+
+    A notebook sets that variable for its child processes, where the backend may not be installed.
+    No backend is needed to write a file.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import_optional("matplotlib.figure", purpose="figures")
+        import_optional("matplotlib.font_manager", purpose="figures")
+        return import_optional("matplotlib", purpose="figures")
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
 def colour(index: int) -> str:
     """The colour of the index-th thing of a figure."""
     return COLOURS[index % len(COLOURS)]
 
 
+# ---------------------------------------------------------------- fold by fold
+
+
 def draw_paired(path: Path, sweep: Sweep, rows: Sequence[Row], baseline: str) -> bool:
     """Fold by fold: accuracy of each model, and its difference to the baseline with 95 % CI."""
     means = {
-        label: fold_means(sweep.accuracies(label), sweep.folds, sweep.seeds)
-        for label in sweep.labels
+        label: fold_means(sweep.accuracies(label), sweep.expected(label)) for label in sweep.labels
     }
     versus = [row for row in rows if row.versus]
     if not versus:
@@ -89,20 +103,21 @@ def draw_paired(path: Path, sweep: Sweep, rows: Sequence[Row], baseline: str) ->
     with new_figure(path, height) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
         draw_folds(left, sweep, {label: m for label, m in means.items() if m})
-        gaps = {row: differences_by_fold(means[row.label], means[baseline]) for row in versus}
+        gaps = {row: differences_by_fold(sweep, row.label, baseline) for row in versus}
         apart = min(0.14, 0.12 * len(versus) / (height - 1.3))  # marks and bars at most 1/4 inch
         draw_differences(right, sweep, gaps, apart)
         right.set_title(f"Difference to {baseline}, by fold")
     return True
 
 
-def differences_by_fold(own: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    """Differences over the folds that both have."""
+def differences_by_fold(sweep: Sweep, label: str, baseline: str) -> list[float]:
+    """Accuracy minus the baseline's in each fold that is complete in both, percentage points."""
+    own, base = paired_means(sweep, label, baseline)
     return [own[fold] - base[fold] for fold in sorted(own.keys() & base.keys())]
 
 
 def draw_folds(axes, sweep: Sweep, means: Mapping[str, Mapping[int, float]]) -> None:
-    """One line a fold, a marker a model, joined."""
+    """One line per fold, with a marker per model."""
     for fold in sweep.folds:
         found = [m[fold] for m in means.values() if fold in m]
         if found:
@@ -120,7 +135,7 @@ def draw_folds(axes, sweep: Sweep, means: Mapping[str, Mapping[int, float]]) -> 
 
 
 def draw_differences(axes, sweep: Sweep, gaps: Mapping[Row, Sequence[float]], apart: float) -> None:
-    """One line a model: a marker a fold, `apart` above them the mean with its interval."""
+    """One line per model: a marker per fold, and `apart` above them the mean with its interval."""
     for place, (row, values) in enumerate(gaps.items()):
         index = sweep.labels.index(row.label)
         style = {"color": colour(index), "marker": MARKERS[index % len(MARKERS)]}
@@ -134,7 +149,7 @@ def draw_differences(axes, sweep: Sweep, gaps: Mapping[Row, Sequence[float]], ap
 
 
 def draw_interval(axes, y: float, versus: Comparison, shade: str) -> None:
-    """A mean difference with its 95 % interval, where there is one."""
+    """A mean difference, with its 95 % interval where there is one."""
     mean = versus.difference
     if versus.low is not None:
         axes.plot([versus.low, versus.high], [y, y], color=shade, lw=2)
@@ -150,8 +165,11 @@ def draw_interval(axes, y: float, versus: Comparison, shade: str) -> None:
     )
 
 
+# ---------------------------------------------------------------- class by class
+
+
 def draw_classes(path: Path, sweep: Sweep, rows: Sequence[Row], baseline: str) -> bool:
-    """Accuracy of each class minus the baseline's: a panel a model, the best model's first."""
+    """Accuracy of each class minus the baseline's: one panel per model, the best model first."""
     compared = sorted((row for row in rows if row.versus), key=lambda row: -row.versus.difference)
     found = {row.label: class_differences(sweep, row.label, baseline) for row in compared}
     found = {label: gaps for label, gaps in found.items() if gaps}
@@ -209,3 +227,158 @@ def draw_confusion(path: Path, sweep: Sweep, label: str) -> bool:
                 color="#000000" if value < 40 else "#ffffff",
             )
     return True
+
+
+# ---------------------------------------------------------------- over epochs
+
+
+def series(
+    logs: Sequence[Sequence[dict]], read: Callable
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs, and mean and std over runs of read(entry) in each, [E] each.
+
+    Entries in which the value is missing or not a finite number are skipped.
+    """
+    values: dict[int, list[float]] = {}
+    for log in logs:
+        for entry in log:
+            value = number(read, entry)
+            if np.isfinite(value):
+                values.setdefault(int(entry["epoch"]), []).append(value)
+    epochs = sorted(values)
+    mean = np.array([np.mean(values[epoch]) for epoch in epochs])
+    std = np.array([np.std(values[e], ddof=1) if len(values[e]) > 1 else 0.0 for e in epochs])
+    return np.array(epochs), mean, std
+
+
+def number(read: Callable, entry: dict) -> float:
+    """A value of a log entry as a float; NaN where it is missing or not a number."""
+    try:
+        return float(read(entry))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return float("nan")
+
+
+def band(axes, logs: Sequence[Sequence[dict]], read: Callable, **line) -> None:
+    """Draw the mean over runs with a band of ± 1 std; a dot where there is only one epoch."""
+    epochs, mean, std = series(logs, read)
+    if len(epochs) == 1:
+        line.setdefault("marker", "o")
+    axes.plot(epochs, mean, **line)
+    axes.set_xlabel("epoch")
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    if std.any():
+        axes.fill_between(epochs, mean - std, mean + std, color=line["color"], alpha=0.18, lw=0)
+
+
+def draw_learning(path: Path, sweep: Sweep) -> bool:
+    """Validation accuracy, training loss and gradient norm over epochs, mean ± std over runs."""
+    logs = {label: row_logs(sweep, label) for label in sweep.labels}
+    logs = {label: found for label, found in logs.items() if found}
+    if not logs:
+        return False
+    with_norms = has_column(sum(logs.values(), []), "grad_norm")
+    with new_figure(path, 3.2 if not with_norms else 2.9) as figure:
+        accuracy, loss, *norms = figure.subplots(1, 3 if with_norms else 2)
+        for label, found in logs.items():
+            index = sweep.labels.index(label)
+            line = {"color": colour(index), "ls": DASHES[index % len(DASHES)]}
+            name = f"{label} ({count(len(found), 'run')})"
+            if not sweep.finished(label):
+                name += ", unfinished"
+            band(accuracy, found, lambda entry: entry["val_top1"], label=name, **line)
+            band(loss, found, lambda entry: entry["train_loss"], **line)
+            for axes in norms:
+                draw_norms(axes, found, **line)
+        accuracy.set(ylabel="validation accuracy (%)")
+        loss.set(ylabel="training loss")
+        figure.legend(loc="outside lower center", ncols=min(3, len(logs)))
+    return True
+
+
+def row_logs(sweep: Sweep, label: str) -> list[list[dict]]:
+    """Logs of a row's finished runs, or of the unfinished ones where none is finished."""
+    runs = sweep.finished(label) or [run for run in sweep.runs if run.label == label]
+    return [log for run in runs if (log := read_log(run.folder))]
+
+
+def has_column(logs: Sequence[Sequence[dict]], name: str) -> bool:
+    """Whether any epoch of any log has this value; older logs have fewer columns."""
+    return any(entry.get(name) is not None for log in logs for entry in log)
+
+
+def draw_norms(axes, logs: Sequence[Sequence[dict]], **line) -> None:
+    """Norm of the gradient before clipping: the median of an epoch's steps, and the maximum."""
+    band(axes, logs, lambda entry: entry["grad_norm"], **line)
+    thin = {**line, "ls": (0, (1, 1.5)), "lw": 0.9, "mfc": "white"}
+    band(axes, logs, lambda entry: entry["grad_norm_max"], **thin)
+    axes.set(yscale="log", ylabel="gradient norm", title="median (thick), maximum (dotted)")
+
+
+def gate_count(entry: dict) -> int:
+    """Number of gates in a log entry; 0 for networks without gates."""
+    gates = entry.get("gates")
+    return len(gates) if isinstance(gates, list) else 0
+
+
+def draw_gates(path: Path, sweep: Sweep) -> bool:
+    """sigmoid(gate) of each TwistBlock over epochs, mean ± std over the runs of a model."""
+    logs = {label: row_logs(sweep, label) for label in sweep.labels}
+    blocks = {
+        label: max((gate_count(entry) for log in found for entry in log), default=0)
+        for label, found in logs.items()
+    }
+    labels = [label for label, count in blocks.items() if count]
+    if not labels:
+        return False
+    columns = min(len(labels), 3)
+    lines = -(-len(labels) // columns)
+    width = WIDTH if len(labels) > 1 else 5.0
+    with new_figure(path, 0.6 + 2.3 * lines, width) as figure:
+        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes, label in zip(panels, labels, strict=False):
+            for block in range(blocks[label]):
+                name = f"block {block + 1}" if label == labels[0] else None
+                band(
+                    axes,
+                    logs[label],
+                    lambda entry, block=block: entry["gates"][block],
+                    color=colour(block + 1),
+                    ls=DASHES[block % len(DASHES)],
+                    label=name,
+                )
+            axes.set(title=label, ylabel="sigmoid(gate)")
+            axes.label_outer()
+        low, high = panels[0].get_ylim()
+        if high - low < 0.02:  # do not zoom into noise
+            panels[0].set_ylim((low + high) / 2 - 0.01, (low + high) / 2 + 0.01)
+        for axes in panels[len(labels) :]:
+            axes.set_visible(False)
+        figure.legend(loc="outside lower center", ncols=4)
+    return True
+
+
+def draw_curves(path: Path, jobs: Mapping[str, Sequence[dict]]) -> None:
+    """Loss, accuracy, learning rate, images/s and gradient norm over epochs: name → log."""
+    rows = 3 if has_column(list(jobs.values()), "grad_norm") else 2
+    with new_figure(path, 2.7 * rows + 0.1 * len(jobs), 8.0) as figure:
+        loss, accuracy, rate, speed, *others = figure.subplots(rows, 2, sharex=True).flat
+        norms, unused = others[:1], others[1:]
+        for index, (name, log) in enumerate(jobs.items()):
+            line = {"color": colour(index + 1), "ls": DASHES[index // len(COLOURS) % 4]}
+            dashed = {**line, "ls": (0, (2, 1.2)), "lw": 1, "mfc": "white"}
+            band(loss, [log], lambda entry: entry["train_loss"], label=printable(name), **line)
+            band(loss, [log], lambda entry: entry["val_loss"], **dashed)
+            band(accuracy, [log], lambda entry: entry["val_top1"], **line)
+            band(accuracy, [log], lambda entry: entry["val_top5"], **dashed)
+            band(rate, [log], lambda entry: entry["lr"], **line)
+            band(speed, [log], lambda entry: entry["images_per_s"], **line)
+            for axes in norms:
+                draw_norms(axes, [log], **line)
+        loss.set(ylabel="loss", title="training (solid), validation (dashed)")
+        accuracy.set(ylabel="validation accuracy (%)", title="top-1 (solid), top-5 (dashed)")
+        rate.set(ylabel="learning rate", ylim=(0, None))
+        speed.set(ylabel="images/s", ylim=(0, None))
+        for axes in unused:
+            axes.set_visible(False)
+        figure.legend(loc="outside lower center", ncols=2)

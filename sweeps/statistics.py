@@ -1,19 +1,27 @@
-"""Statistics of a sweep: what reshuffles of one data set can say, and what they cannot.
+"""Statistics of a sweep: what reshuffles of one dataset can say, and what they cannot.
 
-Folds that reshuffle the same images are not independent, and seeds within a fold even less: seeds
-are averaged within their fold, and folds are compared in pairs with the variance corrected for
-their overlap. All in numpy and math; accuracies are percent, differences are percentage points.
+Folds that reshuffle the same images are not independent, and seeds within a fold even less. So
+seeds are averaged within their fold, and folds are compared in pairs, with the variance corrected
+for their overlap. Accuracies are in percent, differences in percentage points.
+
+Intervals and p values need scipy (pip install scipy); means and deviations do not.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
+from common.errors import UserError
+from common.optional import import_optional
+
 MIN_FOLDS = 3  # fewer give no interval and no p
-MAX_SIGN_FLIP = 20  # 2^20 sign patterns are enumerated exactly; above it there is no p
+MAX_SIGN_FLIP = 20  # 2^20 sign patterns are enumerated exactly; with more folds there is no p
 SAME = 1e-9  # percentage points below which two accuracies are the same count of images
+
+Key = tuple[int, int]  # (fold, seed)
+Accuracies = Mapping[Key, float]
 
 
 @dataclass(frozen=True)
@@ -25,8 +33,9 @@ class Summary:
     unit: str  # "folds" or "seeds"
     folds: int  # folds in the mean
     seeds: int  # seeds in the mean
-    missing: int  # runs of the grid without a result
-    runs: int  # runs of the grid
+    averaged: int  # runs in the mean
+    missing: int  # runs of the table that this row does not have
+    runs: int  # runs that a row of the table can have
 
 
 @dataclass(frozen=True)
@@ -42,83 +51,140 @@ class Comparison:
     wins: int
     ties: int
     losses: int
+    untested: str | None = None  # why there is no interval or no p, for a footnote
 
 
-Cells = Mapping[tuple[int, int], float]  # (fold, seed) → accuracy
+def fold_means(accuracies: Accuracies, expected: Set[Key]) -> dict[int, float]:
+    """Mean over seeds of each fold in which all expected runs are finished; other folds: none."""
+    means = {}
+    for fold in sorted({fold for fold, _ in expected}):
+        seeds = sorted(seed for other, seed in expected if other == fold)
+        if all((fold, seed) in accuracies for seed in seeds):
+            means[fold] = float(np.mean([accuracies[fold, seed] for seed in seeds]))
+    return means
 
 
-def fold_means(cells: Cells, folds: Sequence[int], seeds: Sequence[int]) -> dict[int, float]:
-    """Mean over seeds of each fold that has all its seeds; a fold with a hole is left out."""
-    return {
-        fold: float(np.mean([cells[fold, seed] for seed in seeds]))
-        for fold in folds
-        if all((fold, seed) in cells for seed in seeds)
-    }
+def summarise(accuracies: Accuracies, expected: Set[Key], everything: Set[Key]) -> Summary:
+    """Mean ± std of a row over its folds, or over seeds in a table of fewer than three folds.
 
-
-def summarise(cells: Cells, folds: Sequence[int], seeds: Sequence[int]) -> Summary:
-    """Mean ± std over folds, or over seeds where the grid has fewer than three folds."""
-    missing = sum((fold, seed) not in cells for fold in folds for seed in seeds)
+    Args:
+        accuracies: of the finished runs of the row.
+        expected: (fold, seed) of the runs that the row should have; a fold counts if all are there.
+        everything: (fold, seed) of all runs in the table.
+    """
+    folds, seeds = {fold for fold, _ in everything}, {seed for _, seed in everything}
     if len(folds) >= MIN_FOLDS:
-        values = list(fold_means(cells, folds, seeds).values())
-        unit, counts = "folds", (len(values), len(seeds))
+        means, unit = fold_means(accuracies, expected), "folds"
+        used = [key for key in expected if key[0] in means]
+        num_folds, num_seeds = len(means), len({seed for _, seed in used} or seeds)
     else:
-        swapped = {(seed, fold): value for (fold, seed), value in cells.items()}
-        values = list(fold_means(swapped, seeds, folds).values())
-        unit, counts = "seeds", (len(folds), len(values))
-    mean = float(np.mean(values)) if values else None
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Summary(mean, std, unit, *counts, missing, len(folds) * len(seeds))
+        swapped = {(seed, fold): value for (fold, seed), value in accuracies.items()}
+        means, unit = fold_means(swapped, {(seed, fold) for fold, seed in expected}), "seeds"
+        used = [key for key in expected if key[1] in means]
+        num_folds, num_seeds = len({fold for fold, _ in used} or folds), len(means)
+    values = list(means.values())
+    return Summary(
+        mean=float(np.mean(values)) if values else None,
+        std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        unit=unit,
+        folds=num_folds,
+        seeds=num_seeds,
+        averaged=len(used),
+        missing=len(everything - accuracies.keys()),
+        runs=len(everything),
+    )
 
 
 def compare(
-    model: Mapping[int, float], baseline: Mapping[int, float], ratio: float | None
+    model: Mapping[int, float],
+    baseline: Mapping[int, float],
+    ratio: float | None,
+    *,
+    test: bool = True,
 ) -> Comparison | None:
-    """Compare fold means; `ratio` = test images / images trained on. None without a common fold."""
+    """Compare the means of the folds that both have; None if they have none in common.
+
+    Args:
+        model, baseline: fold → mean accuracy.
+        ratio: test images / images trained on, for the correction; None if unknown.
+        test: also compute the interval and the p values, for which scipy must be installed.
+    """
     common = sorted(model.keys() & baseline.keys())
     if not common:
         return None
     differences = np.array([model[fold] - baseline[fold] for fold in common])
     differences[abs(differences) < SAME] = 0.0
-    low = high = p = flip = None
-    if len(common) >= MIN_FOLDS:
+
+    low = high = p = flip = untested = None
+    if len(common) < MIN_FOLDS:
+        untested = "no interval and no p, with fewer than 3 complete folds in common"
+    elif test:
         flip = sign_flip_p(differences)
-        if ratio is not None:
+        if ratio is None:
+            untested = "no interval and no p, as the results do not count their images"
+        else:
             low, high, p = corrected_t(differences, ratio)
+            if p is None:
+                untested = "no p, as all differences are equal"
+
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-    ties = len(common) - wins - losses
-    mean = float(differences.mean())
-    return Comparison(len(common), mean, low, high, p, flip, wins, ties, losses)
+    return Comparison(
+        folds=len(common),
+        difference=float(differences.mean()),
+        low=low,
+        high=high,
+        p=p,
+        sign_flip_p=flip,
+        wins=wins,
+        ties=len(common) - wins - losses,
+        losses=losses,
+        untested=untested,
+    )
 
 
 def corrected_t(differences: Sequence[float], ratio: float) -> tuple[float, float, float | None]:
     """95 % interval and two-sided p of a mean difference, as (low, high, p).
 
     Corrected resampled t test: the variance of the mean is (1/n + n_test/n_train) s² in place of
-    s²/n (Nadeau and Bengio, Inference for the Generalization Error, 2003), with n - 1 degrees of
-    freedom. Differences without any spread have no p, unless all are 0 (p = 1).
+    s²/n, with n - 1 degrees of freedom (C. Nadeau and Y. Bengio, Inference for the Generalization
+    Error, Machine Learning 52, 2003). Differences without any spread have no p, unless all are 0
+    (p = 1).
     """
     d = np.asarray(differences, dtype=float)
     n, mean, variance = len(d), float(d.mean()), float(d.var(ddof=1))
     if math.sqrt(variance) < SAME:
         return mean, mean, 1.0 if abs(mean) < SAME else None
+    student_t = _scipy_stats().t(df=n - 1)
     error = math.sqrt((1 / n + ratio) * variance)
-    half = student_t_quantile(0.975, n - 1) * error
-    return mean - half, mean + half, 2 * student_t_cdf(-abs(mean) / error, n - 1)
+    half = float(student_t.ppf(0.975)) * error
+    return mean - half, mean + half, 2 * float(student_t.sf(abs(mean) / error))
 
 
 def sign_flip_p(differences: Sequence[float]) -> float | None:
     """Exact two-sided p of the mean under all 2^n changes of sign; None above MAX_SIGN_FLIP."""
     if len(differences) > MAX_SIGN_FLIP:
         return None
-    sums = np.zeros(1)
-    for d in differences:
-        sums = np.concatenate([sums + d, sums - d])
-    return float((np.abs(sums) >= abs(sum(differences)) - SAME).mean())
+
+    def rounded_sum(values, axis):  # sums that are equal but for rounding errors must be equal
+        return np.round(np.sum(values, axis=axis), 6)
+
+    result = _scipy_stats().permutation_test(
+        (np.asarray(differences, dtype=float),),
+        rounded_sum,
+        vectorized=True,
+        permutation_type="samples",
+        n_resamples=np.inf,
+        batch=2**14,
+    )
+    return float(result.pvalue)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down adjustment; a None is no test: it stays None and is not counted."""
+    """Step-down adjustment of p values for their number; a None is not a test and stays None.
+
+    Source: S. Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal
+    of Statistics 6, 1979.
+    """
     order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     adjusted: list[float | None] = [None] * len(ps)
     largest = 0.0
@@ -128,43 +194,14 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def student_t_cdf(t: float, df: float) -> float:
-    """P(T ≤ t) of Student's t distribution."""
-    tail = 0.5 * regularised_beta(df / (df + t * t), df / 2, 0.5)
-    return tail if t < 0 else 1 - tail
+def why_no_tests() -> str | None:
+    """What to do to get intervals and p values; None where scipy is installed and works."""
+    try:
+        _scipy_stats()
+    except UserError as error:
+        return str(error)
+    return None
 
 
-def student_t_quantile(q: float, df: float) -> float:
-    """The t with P(T ≤ t) = q, for 0 < q < 1, by bisection."""
-    if q < 0.5:
-        return -student_t_quantile(1 - q, df)
-    low, high = 0.0, 1.0
-    while student_t_cdf(high, df) < q:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_cdf(middle, df) < q else (low, middle)
-    return (low + high) / 2
-
-
-def regularised_beta(x: float, a: float, b: float) -> float:
-    """I_x(a, b), by its continued fraction (Abramowitz and Stegun 26.5.8), for 0 ≤ x ≤ 1."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side only
-        return 1 - regularised_beta(1 - x, b, a)
-    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front = math.exp(front + a * math.log(x) + b * math.log1p(-x)) / a
-    tiny = 1e-300
-    c, d = 1.0, 1 / (1 - (a + b) * x / (a + 1))
-    fraction = d
-    for m in range(1, 1000):  # modified Lentz, an even and an odd term a round
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1 / ((1 + term * d) or tiny)
-            c = (1 + term / c) or tiny
-            fraction *= c * d
-        if abs(c * d - 1) < 1e-16:
-            break
-    return front * fraction
+def _scipy_stats():
+    return import_optional("scipy.stats", purpose="intervals and p values")

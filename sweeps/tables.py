@@ -1,40 +1,20 @@
-"""The table of a sweep, mean ± std (n) a model, as Markdown, CSV and LaTeX.
+"""The table of a sweep, mean ± std (folds × seeds) per model, as Markdown, CSV and LaTeX.
 
-Incomplete rows carry a † and the count of missing runs; their mean is over complete folds only.
+Incomplete rows have a † and the number of missing runs; their mean is over complete folds only.
 """
 
 import csv
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import write_atomic
-from sweeps.grid import Sweep, read_sweep
-from sweeps.rows import Row, counted, footnotes, make_rows, pick_baseline
+from sweeps.comparison import Row, count, footnotes, make_rows, pick_baseline
+from sweeps.runs import Sweep, read_sweep
 from sweeps.statistics import Comparison, Summary
 
 NONE = "–"
-CSV_COLUMNS = [
-    "model",
-    "parameters",
-    "mean",
-    "std",
-    "over",
-    "folds",
-    "seeds",
-    "missing_runs",
-    "baseline",
-    "common_folds",
-    "difference",
-    "ci95_low",
-    "ci95_high",
-    "p",
-    "p_holm",
-    "p_sign_flip",
-    "wins",
-    "ties",
-    "losses",
-]
+RUN_COLUMNS = ["model", "fold", "seed", "test_acc", "val_acc", "best_epoch", "seconds"]
 LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -56,29 +36,19 @@ LATEX = {
 }
 
 
-def write_tables(
-    run_dir: Path,
-    *,
-    dataset: str,
-    models: Sequence[str],
-    folds: Sequence[int],
-    seeds: Sequence[int],
-    baseline: str | None = None,
-    skip: Collection[str] = (),
-) -> str:
-    """Write table.md, .csv, .tex and runs.csv of this grid into run_dir; give back the Markdown.
+def write_tables(run_dir: Path, *, dataset: str, notes: Sequence[str] = ()) -> str:
+    """Write table.md, .csv, .tex and runs.csv of all runs of `dataset` in RUN_DIR.
 
-    `skip` names run folders whose results are not to be counted (of other settings, say): they
-    are missing in the table. The baseline is as `pick_baseline` says.
+    `notes` are added to the table's footnotes. Returns the Markdown.
     """
-    grid = {"dataset": dataset, "models": models, "folds": folds, "seeds": seeds}
-    sweep = read_sweep(run_dir, **grid, skip=skip)
-    return write_table_files(sweep, pick_baseline(sweep, baseline), Path(run_dir))
+    sweep = read_sweep(run_dir, dataset=dataset)
+    sweep.notes += notes
+    baseline = pick_baseline(sweep)
+    return write_table_files(sweep, make_rows(sweep, baseline), baseline, Path(run_dir))
 
 
-def write_table_files(sweep: Sweep, baseline: str, folder: Path) -> str:
-    """Write table.md, .csv, .tex and runs.csv into a folder; give back the Markdown."""
-    rows = make_rows(sweep, baseline)
+def write_table_files(sweep: Sweep, rows: Sequence[Row], baseline: str, folder: Path) -> str:
+    """Write table.md, .csv, .tex and runs.csv into a folder, and return the Markdown."""
     notes = footnotes(sweep, rows, baseline)
     markdown = to_markdown(rows, notes)
     write_atomic(folder / "table.md", markdown)
@@ -88,27 +58,31 @@ def write_table_files(sweep: Sweep, baseline: str, folder: Path) -> str:
     return markdown
 
 
-def cells_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and text cells of the table; columns that would be empty everywhere are left out."""
+def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the table as text; columns that would be empty are left out."""
+    versus = [row.versus for row in rows if row.versus]
+    with_interval = any(each.low is not None for each in versus)
+    with_p = any(row.p_holm is not None for row in rows)
     headers = ["Model", "Params (M)", "Test accuracy (%)"]
-    several = len(rows) > 1
-    tested = any(row.versus and row.versus.sign_flip_p is not None for row in rows)
+    if len(rows) > 1:
+        headers.append("Difference [95 % CI]" if with_interval else "Difference")
+        if with_p:
+            headers.append("p (Holm)")
+        headers.append("W/T/L")
+    return headers, [row_cells(row, several=len(rows) > 1, with_p=with_p) for row in rows]
+
+
+def row_cells(row: Row, *, several: bool, with_p: bool) -> list[str]:
+    """The cells of one row, as text."""
+    size = f"{row.parameters / 1e6:.2f}" if row.parameters else NONE
+    cells = [row.label, size, accuracy_text(row.summary)]
     if several:
-        headers += ["Difference [95 % CI]" if tested else "Difference"]
-        headers += ["p", "p (Holm)", "p (sign-flip)"] if tested else []
-        headers += ["W/T/L"]
-    lines = []
-    for row in rows:
-        size = f"{row.parameters / 1e6:.2f}" if row.parameters else NONE
-        line = [row.label, size, accuracy_text(row.summary)]
-        if several:
-            versus = row.versus
-            line += [difference_text(versus)]
-            ps = [versus.p, row.p_holm, versus.sign_flip_p] if versus else [None] * 3
-            line += [p_text(p) for p in ps] if tested else []
-            line += [f"{versus.wins}/{versus.ties}/{versus.losses}" if versus else NONE]
-        lines.append(line)
-    return headers, lines
+        versus = row.versus
+        cells.append(difference_text(versus))
+        if with_p:
+            cells.append(p_text(row.p_holm))
+        cells.append(f"{versus.wins}/{versus.ties}/{versus.losses}" if versus else NONE)
+    return cells
 
 
 def accuracy_text(summary: Summary) -> str:
@@ -117,8 +91,10 @@ def accuracy_text(summary: Summary) -> str:
     if summary.mean is None:
         return NONE + mark
     std = NONE if summary.std is None else f"{summary.std:.2f}"
-    count = f"{counted(summary.folds, 'fold')} × {counted(summary.seeds, 'seed')}"
-    return f"{summary.mean:.2f} ± {std} ({count}){mark}"
+    over = f"{count(summary.folds, 'fold')} × {count(summary.seeds, 'seed')}"
+    if summary.averaged != summary.folds * summary.seeds:  # some folds have more seeds than others
+        over = f"{count(summary.averaged, 'run')} in {count(summary.folds, 'fold')}"
+    return f"{summary.mean:.2f} ± {std} ({over}){mark}"
 
 
 def difference_text(versus: Comparison | None) -> str:
@@ -136,8 +112,8 @@ def p_text(p: float | None) -> str:
 
 
 def to_markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """A Markdown table that also reads well in a terminal, with its footnotes."""
-    headers, lines = cells_of(rows)
+    """A Markdown table that can be read in a terminal too, with its footnotes."""
+    headers, lines = table_cells(rows)
     for row, line in zip(rows, lines, strict=True):
         if row.best:
             line[2] = f"**{line[2]}**"
@@ -152,8 +128,8 @@ def to_markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
 
 
 def to_latex(rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """A booktabs tabular; the footnotes stand above it as comments."""
-    headers, lines = cells_of(rows)
+    """A booktabs tabular, with the footnotes as comments above it."""
+    headers, lines = table_cells(rows)
     lines = [[latex(cell) for cell in line] for line in lines]
     for row, line in zip(rows, lines, strict=True):
         if row.best:
@@ -166,33 +142,50 @@ def to_latex(rows: Sequence[Row], notes: Sequence[str]) -> str:
 
 
 def latex(text: str) -> str:
-    """Text as LaTeX shows it."""
+    """Escape text for LaTeX."""
     return "".join(LATEX.get(letter, letter) for letter in text)
 
 
 def to_csv(rows: Sequence[Row], baseline: str) -> str:
-    """One line a model with every number of the table, unrounded; empty where there is none."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    """One line per row with every number of the table, unrounded; empty where there is none."""
+    lines = []
     for row in rows:
-        s, v = row.summary, row.versus
-        line = [row.label, row.parameters, s.mean, s.std, s.unit, s.folds, s.seeds, s.missing]
-        if v:
-            line += [baseline, v.folds, v.difference, v.low, v.high, v.p, row.p_holm]
-            line += [v.sign_flip_p, v.wins, v.ties, v.losses]
-        else:
-            line += [""] * 11
-        writer.writerow(line)
-    return stream.getvalue()
+        summary, versus = row.summary, row.versus
+        line = {
+            "model": row.label,
+            "parameters": row.parameters,
+            "mean": summary.mean,
+            "std": summary.std,
+            "over": summary.unit,
+            "folds": summary.folds,
+            "seeds": summary.seeds,
+            "missing_runs": summary.missing,
+            "baseline": baseline if versus else None,
+            "common_folds": versus.folds if versus else None,
+            "difference": versus.difference if versus else None,
+            "ci95_low": versus.low if versus else None,
+            "ci95_high": versus.high if versus else None,
+            "p": versus.p if versus else None,
+            "p_holm": row.p_holm,
+            "p_sign_flip": versus.sign_flip_p if versus else None,
+            "wins": versus.wins if versus else None,
+            "ties": versus.ties if versus else None,
+            "losses": versus.losses if versus else None,
+        }
+        lines.append(line)
+    return write_csv(list(lines[0]), lines)
 
 
 def runs_csv(sweep: Sweep) -> str:
-    """One line a finished run of the grid, for statistics of one's own."""
+    """One line per finished run, for statistics of your own."""
+    lines = [{"row": run.label, **run.results} for run in sweep.finished()]
+    return write_csv(["row", *RUN_COLUMNS], lines)
+
+
+def write_csv(columns: Sequence[str], lines: Sequence[dict]) -> str:
+    """These columns of the lines, as CSV with a header."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    columns = ["model", "fold", "seed", "test_acc", "val_acc", "best_epoch", "seconds"]
-    writer.writerow(["row", *columns])
-    for run in sweep.finished():
-        writer.writerow([run.label, *(run.results.get(column) for column in columns)])
+    writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return stream.getvalue()

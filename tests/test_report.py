@@ -1,5 +1,7 @@
 """The report and the curves, as a user runs them, and what a page shows of each run."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -12,19 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sweeps.classes import confused_pairs, confusion, mistaken_images
-from sweeps.curves import series
-from sweeps.grid import read_sweep
-from sweeps.mistakes import confused
-from sweeps.results import read_log
+from sweeps import figures
+from sweeps.comparison import confused_pairs, confusion, make_rows, mistaken_images
+from sweeps.figures import series
+from sweeps.report import collect_mistakes, make_thumbnail, summarise_in_words
+from sweeps.runs import read_log, read_sweep
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["banded", "dotted & <b>", "$woven$"]
 
 
-def report(*args, path=None):
+def report(*args, path=None, environment=None):
     """Run the tool; `path` is searched for modules before the installed ones."""
-    env = {**os.environ, "PYTHONPATH": str(path or "")}
+    env = {**os.environ, "PYTHONPATH": str(path or ""), **(environment or {})}
     command = [sys.executable, "-W", "error::UserWarning", "-m", "tools.report", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
@@ -76,8 +78,8 @@ def test_report_of_a_sweep_stands_alone(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "| twistnet18 | 0.00       | **66.67 ± 14.43 (3 folds × 1 seed)** |" in done.stdout
     page = (runs / "report.html").read_text(encoding="utf-8")
-    figures = ["classes", "confusion", "gates", "learning", "paired"]
-    assert sorted(path.stem for path in (runs / "report").glob("*.png")) == figures
+    drawn = ["classes", "confusion", "gates", "learning", "paired"]
+    assert sorted(path.stem for path in (runs / "report").glob("*.png")) == drawn
     assert page.count("data:image/png;base64,") == 5
     assert page.count("data:image/jpeg;base64,") > 3 and "images are not in" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
@@ -102,7 +104,7 @@ def test_report_of_half_a_sweep(tmp_path):
 def test_without_matplotlib_the_page_and_tables_come_without_figures(tmp_path):
     broken = tmp_path / "path"
     broken.mkdir()
-    (broken / "matplotlib.py").write_text("raise ImportError('no matplotlib')")
+    (broken / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
     write_run(tmp_path / "runs", "resnet18", 1, 42, 3)
     done = report(tmp_path / "runs", path=broken)
     assert done.returncode == 0, done.stderr
@@ -132,7 +134,7 @@ def test_curves_of_running_and_finished_jobs(tmp_path):
     ("args", "told"),
     [
         (["{}/none"], "is not a folder"),
-        (["{}"], "holds no run folder"),
+        (["{}"], "contains no run folder"),
         (["--curves", "{}"], "has no log.jsonl"),
         ([], "give RUN_DIR, or --curves"),
         (["{}", "--curves", "{}"], "give RUN_DIR, or --curves"),
@@ -149,7 +151,7 @@ def test_read_log_keeps_the_last_of_an_epoch_and_passes_over_torn_lines(tmp_path
     log = tmp_path / "log.jsonl"
     foreign = '[1]\n{"epoch": Infinity}\n{"epoch": 1}\n'
     log.write_text('{"epoch": 2}\n' + foreign + '{"epoch": 2, "x": 5}\n{"epoch": 3, "x')
-    assert read_log(log) == [{"epoch": 1}, {"epoch": 2, "x": 5}]
+    assert read_log(tmp_path) == [{"epoch": 1}, {"epoch": 2, "x": 5}]
     assert read_log(tmp_path / "none") == []
 
 
@@ -184,9 +186,112 @@ def test_confusion_and_images_add_up_over_runs(tmp_path):
     assert mistaken_images(runs, 0, 1) == [("3.jpg", 3, 3), ("2.jpg", 2, 3)]
 
 
-def test_images_that_are_gone_are_said_to_be(tmp_path):
+def test_images_that_are_missing_or_unreadable_are_counted_apart(tmp_path):
     write_run(tmp_path, "resnet18", 1, 42, 2)
     runs = read_sweep(tmp_path).finished()
-    assert "6 images are not in nowhere: give their place with --data_dir" in confused(runs, None)
+    assert collect_mistakes(runs, None)["missing"] == 6
     Image.new("L", (9, 9)).save(tmp_path / "2.jpg")
-    assert "5 images are not in" in confused(runs, tmp_path)
+    (tmp_path / "3.jpg").write_text("not an image")
+    found = collect_mistakes(runs, tmp_path)
+    assert (found["missing"], found["unreadable"], found["folder"]) == (4, 1, tmp_path)
+    done = report(tmp_path, "--data-dir", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert done.returncode == 0 and f"4 images are not in {tmp_path}" in page
+    assert f"1 images in {tmp_path} cannot be read" in page
+
+
+def test_thumbnails_use_the_reader_of_the_training_images(tmp_path):
+    """A 16-bit PNG is scaled to 8 bits, where Pillow's own conversion makes it white."""
+    grey = np.full((30, 30), 100 << 8, dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "16 bit.png")
+    data = base64.b64decode(make_thumbnail(tmp_path / "16 bit.png"))
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (224, 224) and image.getpixel((100, 100)) == (100, 100, 100)
+    (tmp_path / "none.png").write_bytes(b"")
+    assert make_thumbnail(tmp_path / "none.png") is None
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_any_encoding_of_the_terminal_and_any_file_name_will_do(tmp_path, encoding):
+    """Names that are not UTF-8 come from the file system as surrogates."""
+    name = os.fsdecode(b"caf\xe9")
+    for fold in (1, 2, 3):
+        for model, correct in (("resnet18", 2), ("twistnet18", 3)):
+            files = [f"{name}/{i}.jpg" for i in range(12)]
+            classes = [name, "dotted", "纹理"]
+            write_run(
+                tmp_path, model, fold, 42, correct, classes=classes, test_files=files,
+                data_dir=tmp_path, command=f"train.py {name}",
+            )  # fmt: skip
+    (tmp_path / name).mkdir()
+    for i in range(12):
+        Image.new("RGB", (9, 9)).save(tmp_path / name / f"{i}.jpg")
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+    command = [sys.executable, "-m", "tools.report", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (b"\xb1" if encoding == "latin-1" else b"\\xb1") in done.stdout  # ±
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "caf?" in page and "纹理" in page and page.count("data:image/jpeg") > 0
+
+
+def test_a_notebooks_backend_does_not_stop_the_figures(tmp_path):
+    """Jupyter and Colab set it for every process they start."""
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    write_run(tmp_path, "resnet18", 1, 42, 3)
+    backend = "module://a_backend_that_is_not_here"
+    done = report(tmp_path, environment={"MPLBACKEND": backend})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report" / "learning.png").is_file()
+
+
+@pytest.mark.parametrize("failure", ["ValueError('a wrong setting')", "OSError('no libgomp')"])
+def test_a_matplotlib_that_fails_costs_the_figures_only(tmp_path, failure):
+    (tmp_path / "matplotlib.py").write_text(f"raise {failure}")
+    write_run(tmp_path / "runs", "resnet18", 1, 42, 3)
+    done = report(tmp_path / "runs", path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = "figures need matplotlib, which cannot be imported here (" + failure.partition("(")[0]
+    assert told in done.stdout and (tmp_path / "runs" / "report.html").is_file()
+
+
+def test_gradient_norms_are_drawn_where_they_are_logged(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    drawn = []
+    monkeypatch.setattr(figures, "draw_norms", lambda axes, logs, **line: drawn.append(logs))
+    write_run(tmp_path, "resnet18", 1, 42, 3)
+    log = read_log(tmp_path / "dtd_fold1_resnet18_seed42")
+    assert figures.draw_learning(tmp_path / "a.png", read_sweep(tmp_path))
+    figures.draw_curves(tmp_path / "b.png", {"old": log})
+    assert not drawn
+    write_log(tmp_path / "dtd_fold1_resnet18_seed42", grad_norm=2.0, grad_norm_max=9.0)
+    new = read_log(tmp_path / "dtd_fold1_resnet18_seed42")
+    assert figures.draw_learning(tmp_path / "a.png", read_sweep(tmp_path))
+    figures.draw_curves(tmp_path / "b.png", {"old": log, "new": new})
+    assert drawn == [[new], [log], [new]]
+
+
+def test_the_median_and_the_maximum_of_the_gradient_norm_are_two_lines():
+    lines = []
+
+    class Axes:
+        def plot(self, epochs, values, **style):
+            lines.append(values.tolist())
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    log = [{"epoch": 1, "grad_norm": 2.0, "grad_norm_max": 9.0}, {"epoch": 2}]
+    figures.draw_norms(Axes(), [log], color="black", ls="-")
+    assert lines == [[2.0], [9.0]]
+
+
+def test_the_highest_mean_is_called_complete_only_if_it_is(tmp_path):
+    for fold in (1, 2, 3):
+        write_run(tmp_path, "resnet18", fold, 42, 2)
+    (tmp_path / "dtd_fold4_resnet18_seed42").mkdir()
+    sweep = read_sweep(tmp_path)
+    rows = make_rows(sweep, "resnet18")
+    assert summarise_in_words(rows, "resnet18", "resnet18", 1.0)[1].startswith(
+        "Highest mean test accuracy: resnet18, 50.00"
+    )

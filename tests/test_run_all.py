@@ -95,7 +95,7 @@ def files(folder: Path) -> dict[Path, int]:
 
 def test_a_sweep_leaves_a_table_and_a_folder_a_run(swept):
     plan = {"dataset": "dtd", "models": ["resnet18"], "folds": [1, 2], "seeds": [42]}
-    assert json.loads((swept / "sweep.json").read_text()) == plan
+    assert json.loads((swept / "sweep.json").read_text()) == {"sweeps": [plan]}
     assert {path.suffix for path in swept.glob("table.*")} == {".md", ".csv", ".tex"}
     for name in (ONE, TWO):
         assert json.loads((swept / name / "results.json").read_text())["epochs"] == 1
@@ -110,6 +110,25 @@ def test_a_finished_sweep_only_prints_its_table(swept, capsys):
     assert files(swept) == before
 
 
+def test_a_narrower_sweep_leaves_the_whole_table(swept, capsys):
+    before = (swept / "table.csv").read_text()
+    assert call(*flags("my runs", "--folds", "2")) == 0
+    assert "(2 folds × 1 seed)" in capsys.readouterr().out
+    assert (swept / "table.csv").read_text() == before
+
+
+def test_a_terminal_in_ascii_ends_with_the_table(swept):
+    """The table has ± and ×, which it cannot show."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "run_all.py", *flags("my runs", "--folds", "1-2")],
+        cwd=swept.parent,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"(2 folds \\xd7 1 seed)" in done.stdout
+
+
 def test_runs_of_other_settings_are_named_first_and_neither_reused_nor_touched(swept, capsys):
     before = files(swept)
     assert call(*flags("my runs", "--folds", "1-2", epochs=2)) == 1
@@ -122,7 +141,9 @@ def test_runs_of_other_settings_are_named_first_and_neither_reused_nor_touched(s
     assert TWO in second
     assert last == f"failed or not reused: {ONE}, {TWO}"
     assert "0 to do (0 of them started), 2 with other settings" in out
-    assert "2 of 2 missing" in out  # their results are not in the table
+    assert "(2 folds × 1 seed)" in out  # the table is of all that is in RUN_DIR, and says so
+    told = "Runs with other settings than the last run_all.py asked for, which it did not run"
+    assert f"- {told}: {ONE}, {TWO}." in out
     assert files(swept) == before
 
 

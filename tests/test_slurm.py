@@ -197,7 +197,7 @@ def test_a_sweep_on_a_cluster_survives_a_preemption(cluster, tmp_path):
     assert "preempted, epoch" in torn and "going on with" in torn
     for text in outputs:
         assert [text.count(f"\nEpoch {epoch}:") for epoch in range(1, 12)] == [1] * 10 + [0]
-    plan = json.loads((runs / "sweep.json").read_text())
+    (plan,) = json.loads((runs / "sweep.json").read_text())["sweeps"]
     assert plan["folds"] == plan["seeds"] == [1, 2]
     report = subprocess.run(
         collect.replace("python", sys.executable, 1),

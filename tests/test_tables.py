@@ -1,15 +1,21 @@
-"""The table of a sweep: what is averaged, what is marked, what is kept apart."""
+"""The table of a sweep: which runs it has, what is averaged, marked and kept apart."""
 
 import csv
 import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from common.errors import UserError
-from sweeps.grid import read_sweep
-from sweeps.rows import footnotes, make_rows, pick_baseline
+from sweeps.comparison import footnotes, make_rows, pick_baseline
+from sweeps.runs import add_plan, read_plans, read_sweep
 from sweeps.tables import latex, to_latex, write_tables
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_run(root, model, fold, seed, accuracy, *, sha="ab" * 32, dataset="dtd", **settings):
@@ -35,8 +41,13 @@ def write_pair(root):
 GRID = {"dataset": "dtd", "models": ["twistnet18", "resnet18"], "folds": [1, 2, 3], "seeds": [42]}
 
 
-def rows_of(run_dir, baseline=None, **grid):
-    sweep = read_sweep(run_dir, **grid)
+def write_planned(run_dir, **grid):
+    add_plan(run_dir, **{**GRID, **grid})
+    return write_tables(run_dir, dataset="dtd")
+
+
+def rows_of(run_dir, baseline=None):
+    sweep = read_sweep(run_dir)
     baseline = pick_baseline(sweep, baseline)
     rows = make_rows(sweep, baseline)
     return {row.label: row for row in rows}, footnotes(sweep, rows, baseline)
@@ -44,15 +55,16 @@ def rows_of(run_dir, baseline=None, **grid):
 
 def test_write_tables_writes_every_format(tmp_path):
     write_pair(tmp_path)
-    markdown = write_tables(tmp_path, **GRID)
+    markdown = write_planned(tmp_path)
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == markdown
     lines = markdown.splitlines()
     assert lines[2].startswith("| twistnet18 | 11.20      | **64.00 ± 2.00 (3 folds × 1 seed)** |")
-    assert "+2.00 [−2.97, +6.97] | 0.225 | 0.225    | 0.250         | 3/0/0 |" in lines[2]
+    assert "+2.00 [−2.97, +6.97] | 0.225    | 3/0/0 |" in lines[2]
     assert "| 62.00 ± 1.00 (3 folds × 1 seed)     | –" in lines[3]  # resnet18, the baseline
     with (tmp_path / "table.csv").open() as file:
         twist, resnet = csv.DictReader(file)
     assert float(twist["p"]) == pytest.approx(1 - math.sqrt(0.6))
+    assert twist["p_sign_flip"] == "0.25"
     assert (twist["baseline"], twist["wins"], resnet["difference"]) == ("resnet18", "3", "")
     tex = (tmp_path / "table.tex").read_text(encoding="utf-8")
     assert r"\textbf{64.00 $\pm$ 2.00 (3 folds $\times$ 1 seed)}" in tex and r"\toprule" in tex
@@ -62,25 +74,92 @@ def test_write_tables_writes_every_format(tmp_path):
 
 def test_missing_runs_are_marked_and_their_fold_is_not_averaged(tmp_path):
     write_pair(tmp_path)
-    grid = {**GRID, "folds": [1, 2, 3, 4]}
     write_run(tmp_path, "resnet18", 4, 42, 10.0)
-    lines = write_tables(tmp_path, **grid).splitlines()
+    lines = write_planned(tmp_path, folds=[1, 2, 3, 4]).splitlines()
     assert "64.00 ± 2.00 (3 folds × 1 seed) †1 of 4 missing" in lines[2]
     assert "+2.00 [−2.97, +6.97]" in lines[2]  # fold 4 is in no pair
     assert "**" not in lines[2]  # an incomplete row is not the best
-    assert any(line.startswith("- † runs of 4 folds × 1 seed") for line in lines)
-
-
-def test_skipped_folders_are_missing_and_other_models_no_rows(tmp_path):
-    write_pair(tmp_path)
-    write_run(tmp_path, "seresnet18", 1, 42, 99.0)
-    text = write_tables(tmp_path, **GRID, skip=["dtd_fold2_resnet18_seed42"])
-    assert "†1 of 3 missing" in text and "seresnet18" not in text
+    assert any(line.startswith("- † runs that are missing, of the 4") for line in lines)
 
 
 def test_a_sweep_without_any_result_has_a_table(tmp_path):
-    text = write_tables(tmp_path, **GRID)
+    text = write_planned(tmp_path)
     assert text.count("– †3 of 3 missing") == 2
+
+
+def test_a_later_sweep_in_the_same_folder_adds_to_the_table(tmp_path):
+    """Folds 1-2 first, then fold 3: all six runs are in the table."""
+    write_pair(tmp_path)
+    write_planned(tmp_path, folds=[1, 2])
+    lines = write_planned(tmp_path, folds=[3]).splitlines()
+    assert "64.00 ± 2.00 (3 folds × 1 seed)" in lines[2] and "†" not in lines[2] + lines[3]
+    assert [plan["folds"] for plan in read_plans(tmp_path)] == [[1, 2], [3]]
+
+
+def test_a_narrower_sweep_leaves_the_table_as_it_is(tmp_path):
+    write_pair(tmp_path)
+    before = write_planned(tmp_path)
+    assert write_planned(tmp_path, models=["resnet18"], folds=[2]) == before
+    assert len(read_plans(tmp_path)) == 1
+
+
+def test_another_seed_of_one_fold_does_not_drop_the_other_folds(tmp_path):
+    write_pair(tmp_path)
+    write_planned(tmp_path)
+    write_run(tmp_path, "twistnet18", 1, 43, 64.0)  # fold 1 had 62 with seed 42
+    lines = write_planned(tmp_path, models=["twistnet18"], folds=[1], seeds=[43]).splitlines()
+    assert "64.33 ± 1.53 (4 runs in 3 folds)" in lines[2]
+    assert "+2.00 [−2.97, +6.97]" in lines[2]  # paired over the seeds of both
+    assert "62.00 ± 1.00 (3 folds × 1 seed) †1 of 4 missing" in lines[3]
+
+
+def test_two_sweeps_may_be_planned_at_the_same_time(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from sweeps.runs import add_plan\n"
+        "add_plan(Path(sys.argv[1]), dataset='dtd', models=['a'], folds=[int(sys.argv[2])],"
+        " seeds=[1])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    started = [subprocess.Popen([*command, str(fold)], cwd=ROOT) for fold in range(1, 5)]
+    assert [process.wait() for process in started] == [0] * 4
+    assert sorted(plan["folds"][0] for plan in read_plans(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_what_is_left_out_is_said_beside_the_table(tmp_path):
+    write_pair(tmp_path)
+    write_run(tmp_path, "resnet18", 1, 42, 50.0, dataset="folder")
+    (tmp_path / "dtd_fold9_resnet18_seed42").mkdir()  # not finished, and nobody planned it
+    text = write_planned(tmp_path)
+    assert "- Not in this table: runs of other datasets (1 of folder)." in text
+    assert "not finished and not planned (dtd_fold9_resnet18_seed42)" in text
+    assert "†" not in text
+
+
+def test_without_scipy_the_table_has_means_and_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    write_pair(tmp_path)
+    text = write_planned(tmp_path)
+    assert "64.00 ± 2.00" in text and "| +2.00      | 3/0/0 |" in text and "Holm" not in text
+    assert "- No interval and no p: intervals and p values need scipy: pip install scipy." in text
+
+
+def test_equal_differences_have_an_interval_and_the_note_says_why_they_have_no_p(tmp_path):
+    for fold in (1, 2, 3):
+        write_run(tmp_path, "resnet18", fold, 42, 60.0 + fold)
+        write_run(tmp_path, "twistnet18", fold, 42, 62.0 + fold)
+    text = write_planned(tmp_path)
+    assert "+2.00 [+2.00, +2.00]" in text and "95 % CI and p: corrected resampled t test" in text
+    assert "- twistnet18: no p, as all differences are equal." in text
+    assert "ewer than 3" not in text
+
+
+def test_two_folds_have_no_interval_and_the_note_says_why(tmp_path):
+    write_pair(tmp_path)
+    for model in ("resnet18", "twistnet18"):
+        shutil.rmtree(tmp_path / f"dtd_fold3_{model}_seed42")
+    text = write_planned(tmp_path, folds=[1, 2])
+    assert "- twistnet18: no interval and no p, with fewer than 3 complete folds in common." in text
 
 
 @pytest.mark.parametrize("change", [{"epochs": 10}, {"sha": "cd" * 32}])
@@ -95,9 +174,9 @@ def test_other_settings_or_weights_are_never_mixed(tmp_path, change):
     assert any("twistnet18 #2 is kept apart" in note and expected in note for note in notes)
 
 
-def test_settings_of_place_do_not_part_runs(tmp_path):
-    for fold, workers in ((1, 0), (2, 4)):
-        place = {"workers": workers, "data_dir": f"/d{fold}", "data": f"fold {fold}"}
+def test_runs_that_differ_only_in_their_paths_are_averaged(tmp_path):
+    for fold in (1, 2):
+        place = {"data_dir": f"/d{fold}", "data": f"fold {fold}"}
         write_run(tmp_path, "resnet18", fold, 42, 60.0, **place)
     assert list(rows_of(tmp_path)[0]) == ["resnet18"]
 
@@ -110,30 +189,38 @@ def test_a_fold_of_other_images_is_kept_apart(tmp_path):
     write_run(tmp_path, "resnet18", 2, 44, 99.0, data="another fold 2")
     rows, notes = rows_of(tmp_path)
     assert rows["resnet18"].summary.mean == 60.0 and "resnet18 #2" in rows
-    assert any("data others instead of as most (dtd_fold2_resnet18_seed44)" in n for n in notes)
+    assert any("other images than most runs (dtd_fold2_resnet18_seed44)" in n for n in notes)
 
 
-def test_a_baseline_of_other_settings_is_told(tmp_path):
+def test_a_baseline_with_other_settings_is_noted(tmp_path):
     write_run(tmp_path, "resnet18", 1, 42, 60.0, lr=0.1)
     write_run(tmp_path, "twistnet18", 1, 42, 61.0, lr=0.01)
     notes = rows_of(tmp_path)[1]
     assert "Not a like comparison: twistnet18 ran with lr 0.01 instead of 0.1 in resnet18." in notes
 
 
-def test_the_grid_is_that_of_sweep_json_and_results_beside_it_stay_out(tmp_path):
+def test_models_that_nobody_planned_are_measured_against_the_plan_of_the_others(tmp_path):
     write_pair(tmp_path)
-    write_run(tmp_path, "resnet18", 1, 7, 1.0)
     write_run(tmp_path, "seresnet18", 1, 42, 62.0)
     plan = {"dataset": "dtd", "models": ["twistnet18", "resnet18"], "folds": [1, 2, 3]}
-    (tmp_path / "sweep.json").write_text(json.dumps({**plan, "seeds": [42]}))
+    older = {**plan, "seeds": [42]}  # a sweep.json with a single grid
+    (tmp_path / "sweep.json").write_text(json.dumps(older))
     rows, _ = rows_of(tmp_path)
     assert list(rows) == ["twistnet18", "resnet18", "seresnet18"]
     assert rows["resnet18"].summary.mean == 62.0 and not rows["resnet18"].summary.missing
     assert rows["seresnet18"].summary.missing == 2
-    assert [run.seed for run in read_sweep(tmp_path).outside] == [7]
     write_run(tmp_path, "vgg", 9, 1, 50.0, dataset="folder")
-    other = read_sweep(tmp_path, dataset="folder")  # not the sweep of sweep.json
-    assert (other.labels, other.folds, other.seeds) == (["vgg"], [9], [1])
+    other = read_sweep(tmp_path, dataset="folder")  # not planned in sweep.json
+    assert (other.labels, other.folds) == (["vgg"], [9])
+
+
+def test_a_finished_run_that_nobody_planned_counts(tmp_path):
+    write_pair(tmp_path)
+    write_planned(tmp_path)
+    write_run(tmp_path, "resnet18", 4, 42, 60.0)
+    rows, _ = rows_of(tmp_path)
+    assert (rows["resnet18"].summary.mean, rows["resnet18"].summary.folds) == (61.5, 4)
+    assert rows["twistnet18"].summary.mean == 64.0 and rows["twistnet18"].summary.missing == 1
 
 
 def test_holm_counts_the_compared_models(tmp_path):
@@ -155,7 +242,7 @@ def test_holm_counts_the_compared_models(tmp_path):
         ('{"model":"resnet18","dataset":"dtd","fold":1,"seed":42,"test_acc":NaN}', "is nan"),
     ],
 )
-def test_results_that_cannot_be_counted_are_told(tmp_path, content, told):
+def test_results_that_cannot_be_counted_are_noted(tmp_path, content, told):
     write_run(tmp_path, "resnet18", 2, 42, 60.0)
     folder = write_run(tmp_path, "resnet18", 1, 42, 60.0)
     (folder / "results.json").write_text(content)
@@ -167,7 +254,7 @@ def test_results_that_cannot_be_counted_are_told(tmp_path, content, told):
 def test_clear_errors(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         read_sweep(tmp_path / "none")
-    with pytest.raises(UserError, match="holds no run folder"):
+    with pytest.raises(UserError, match="contains no run folder"):
         read_sweep(tmp_path)
     write_pair(tmp_path)
     with pytest.raises(UserError, match="--baseline vgg is not in .*resnet18, twistnet18"):
@@ -181,7 +268,7 @@ def test_clear_errors(tmp_path):
         read_sweep(tmp_path)
 
 
-def test_latex_escapes_what_latex_would_read(tmp_path):
+def test_special_characters_are_escaped_in_latex(tmp_path):
     assert latex("a_b & 5 % #2 {x}") == r"a\_b \& 5 \% \#2 \{x\}"
     write_run(tmp_path, "net_a", 1, 42, 50.0)
     sweep = read_sweep(tmp_path)

@@ -1,106 +1,101 @@
-"""The report of a sweep, and curves of running jobs.
+"""Write the report of a sweep, or draw the curves of running jobs.
 
-    python -m tools.report runs/main                    # runs/main/report.html, report/, table.*
-    python -m tools.report --curves checkpoints runs/main/dtd_fold1_twistnet18_seed42
+  python -m tools.report runs/main           writes runs/main/report.html, report/ and table.*
+  python -m tools.report --curves checkpoints runs/main/dtd_fold1_twistnet18_seed42
 
-Figures need matplotlib (pip install matplotlib); the page and its tables come without it.
+Intervals and p values need scipy, figures need matplotlib (pip install scipy matplotlib).
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from common.cli import Parser, run
 from common.errors import UserError
 from common.files import check_outputs, write_atomic
-from sweeps.curves import draw_curves, draw_gates, draw_learning
-from sweeps.figures import AUTHOR_KEYS, draw_classes, draw_confusion, draw_paired, mark_of
-from sweeps.grid import Sweep, read_sweep
-from sweeps.page import build_page
-from sweeps.results import read_log
-from sweeps.rows import Row, best_label, footnotes, make_rows, pick_baseline
+from sweeps.comparison import Row, best_label, footnotes, make_rows, pick_baseline
+from sweeps.figures import (
+    AUTHOR_KEYS,
+    draw_classes,
+    draw_confusion,
+    draw_curves,
+    draw_gates,
+    draw_learning,
+    draw_paired,
+    mark_of,
+)
+from sweeps.report import build_page
+from sweeps.runs import Sweep, read_log, read_sweep
 from sweeps.tables import write_table_files
+from training.run_config import LOG
 
 
-def main() -> int:
-    """Print where everything lies; 2 and one line on stderr for bad input."""
-    args = parse_args()
-    try:
-        if args.curves:
-            write_curves(args.curves, args.out)
-        else:
-            write_report(args.run_dir, args.dataset, args.baseline, args.data_dir)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors (common.cli's would load torch for a table)."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
-
-
-def parse_args() -> argparse.Namespace:
-    """One of RUN_DIR and --curves."""
-    parser = Parser(
-        prog="python -m tools.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="python -m tools.report", description=__doc__)
+    parser.add_argument(
+        "run_dir", nargs="?", type=Path, metavar="RUN_DIR", help="folder of a sweep"
     )
-    parser.add_argument("run_dir", nargs="?", type=Path, help="folder of a sweep (its --run_dir)")
-    parser.add_argument("--baseline", help="compare with this model (default: resnet18, or first)")
-    parser.add_argument("--dataset", help="report on this one, where RUN_DIR holds several")
+    parser.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help="compare the other models with this one (default: resnet18, or else the first)",
+    )
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="which dataset, where RUN_DIR contains runs of several"
+    )
     parser.add_argument(
         "--data_dir",
-        "--data-dir",
         type=Path,
-        help="where the test images lie (default: where the runs had them)",
+        metavar="DIR",
+        help="folder of the test images (default: where the runs found them)",
     )
     parser.add_argument(
         "--curves",
         nargs="+",
         type=Path,
         metavar="JOB",
-        help="draw log.jsonl of these checkpoint or run folders instead",
+        help="draw the log.jsonl of these checkpoint or run folders instead of a report",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("curves.png"),
-        help="picture that --curves writes (.png, .pdf or .svg) (default: %(default)s)",
+        metavar="FILE",
+        help="picture that --curves writes (.png, .pdf or .svg)",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.run_dir is None) == (args.curves is None):
         parser.error("give RUN_DIR, or --curves JOB [JOB ...]")
     return args
 
 
 def write_report(
-    run_dir: Path, dataset: str | None, baseline: str | None, data_dir: Path | None
+    run_dir: Path, *, dataset: str | None, baseline: str | None, data_dir: Path | None
 ) -> None:
-    """Write table.md/.csv/.tex, report/*.png and report.html into run_dir."""
+    """Write table.md/.csv/.tex, runs.csv, report/*.png and report.html into run_dir."""
+    # the tables, which need neither matplotlib nor scipy
     sweep = read_sweep(run_dir, dataset=dataset)
     baseline = pick_baseline(sweep, baseline)
     rows = make_rows(sweep, baseline)
-    notes = footnotes(sweep, rows, baseline)
     best = best_label(rows)
-    print(write_table_files(sweep, baseline, run_dir))
-    figures, missing = {}, None
+    print(write_table_files(sweep, rows, baseline, run_dir))
+
+    # the figures
+    figures, problem = {}, None
     try:
         figures = draw_figures(sweep, rows, baseline, best)
     except UserError as error:
-        missing = f"No figures: {error}"
-        print(missing)
+        problem = f"No figures: {error}"
+        print(problem)
+
+    # the page
     page = build_page(
         sweep,
         rows,
-        notes,
+        footnotes(sweep, rows, baseline),
         baseline=baseline,
         best=best,
         figures=figures,
-        missing=missing,
+        problem=problem,
         data_dir=data_dir,
     )
     write_atomic(run_dir / "report.html", page)
@@ -128,16 +123,16 @@ def draw_figures(sweep: Sweep, rows: list[Row], baseline: str, best: str | None)
 
 
 def write_curves(jobs: list[Path], out: Path) -> None:
-    """One PNG of the logs of all jobs; a folder of run folders stands for all of them."""
+    """Draw the logs of all jobs into one picture; a folder of run folders stands for all of them."""
     if out.suffix not in AUTHOR_KEYS:
         raise UserError(f"--out {out}: the name must end in {', '.join(AUTHOR_KEYS)}")
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
     check_outputs([out], flag="--out", mark=mark_of("tools.report"))
     logs = {}
     for job in jobs:
-        found = [job] if (job / "log.jsonl").is_file() else log_folders(job)
-        for folder in found:
-            log = read_log(folder / "log.jsonl")
+        folders = [job] if (job / LOG).is_file() else find_logs(job)
+        for folder in folders:
+            log = read_log(folder)
             if log:
                 name = folder.resolve().name
                 logs[str(folder) if name in logs else name] = log
@@ -149,13 +144,23 @@ def write_curves(jobs: list[Path], out: Path) -> None:
     print(f"wrote {out}")
 
 
-def log_folders(job: Path) -> list[Path]:
-    """The folders right below with a log.jsonl."""
-    found = sorted(path.parent for path in job.glob("*/log.jsonl"))
+def find_logs(job: Path) -> list[Path]:
+    """The folders in `job` that have a log.jsonl."""
+    found = sorted(path.parent for path in job.glob(f"*/{LOG}"))
     if not found:
         raise UserError(f"{job} has no log.jsonl: give a checkpoint folder or a run folder")
     return found
 
 
+def main() -> None:
+    args = parse_args()
+    if args.curves:
+        write_curves(args.curves, args.out)
+    else:
+        write_report(
+            args.run_dir, dataset=args.dataset, baseline=args.baseline, data_dir=args.data_dir
+        )
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -86,24 +86,23 @@ def config_of(results: dict) -> dict:
     return {**(results.get("settings") or {}), "weights": results.get("weights")}
 
 
+def comparable(config: dict, ignore: Collection[str] = ("data_dir",)) -> dict:
+    """A configuration without what does not count, and with its weights by their contents."""
+    weights = config.get("weights") or {}
+    config = {**config, "weights": weights.get("sha256") or weights.get("source")}
+    return {name: value for name, value in config.items() if name not in ignore}
+
+
 def find_differences(
     old: dict, new: dict, ignore: Collection[str] = ("data_dir",)
 ) -> dict[str, tuple]:
-    """What two configurations differ in: name → (old value, new value).
-
-    Weights are compared by their contents, wherever they are stored.
-    """
-    old, new = _comparable(old), _comparable(new)
+    """What two configurations differ in: name → (old value, new value)."""
+    old, new = comparable(old, ignore), comparable(new, ignore)
     return {
         name: (old.get(name), new.get(name))
         for name in {**old, **new}
-        if name not in ignore and old.get(name) != new.get(name)
+        if old.get(name) != new.get(name)
     }
-
-
-def _comparable(config: dict) -> dict:
-    weights = config.get("weights") or {}
-    return {**config, "weights": weights.get("sha256") or weights.get("source")}
 
 
 def describe_differences(old: dict, new: dict) -> str:

@@ -1,0 +1,235 @@
+"""Models compared: the rows of the table, class by class, and what a reader must be told."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from common.errors import UserError
+from sweeps.runs import Run, Sweep, data_of, describe_settings
+from sweeps.statistics import (
+    Comparison,
+    Summary,
+    compare,
+    fold_means,
+    holm,
+    summarise,
+    why_no_tests,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `versus` is None for the baseline and where no fold is in both."""
+
+    label: str
+    parameters: int | None
+    summary: Summary
+    versus: Comparison | None = None
+    p_holm: float | None = None
+    best: bool = False
+
+
+def pick_baseline(sweep: Sweep, name: str | None = None) -> str:
+    """The model that others are compared with: `name`, else resnet18, else the sweep's first."""
+    if name is None:
+        return "resnet18" if "resnet18" in sweep.labels else sweep.labels[0]
+    if name not in sweep.labels:
+        choice = ", ".join(sweep.labels)
+        raise UserError(f"--baseline {name} is not in {sweep.run_dir}: choose from {choice}")
+    return name
+
+
+def make_rows(sweep: Sweep, baseline: str) -> list[Row]:
+    """All rows in the sweep's order, with Holm's correction over the rows that have a p."""
+    test = why_no_tests() is None
+    rows = []
+    for label in sweep.labels:
+        runs, versus = sweep.finished(label), None
+        if label != baseline:
+            own, base = paired_means(sweep, label, baseline)
+            versus = compare(own, base, resampling_ratio(runs), test=test)
+        parameters = runs[0].results.get("parameters") if runs else None
+        summary = summarise(sweep.accuracies(label), sweep.expected(label), sweep.all_expected)
+        rows.append(Row(label, parameters, summary, versus))
+    adjusted = holm([row.versus.p if row.versus else None for row in rows])
+    complete = [row.summary.mean for row in rows if not row.summary.missing]
+    highest = max(complete) if len(complete) > 1 else None
+    return [
+        replace(row, p_holm=p, best=not row.summary.missing and row.summary.mean == highest)
+        for row, p in zip(rows, adjusted, strict=True)
+    ]
+
+
+def paired_means(sweep: Sweep, label: str, baseline: str) -> tuple[dict, dict]:
+    """Fold → mean accuracy of a row and of the baseline, over the seeds that both should have."""
+    expected = sweep.expected(label) & sweep.expected(baseline)
+    return (
+        fold_means(sweep.accuracies(label), expected),
+        fold_means(sweep.accuracies(baseline), expected),
+    )
+
+
+def resampling_ratio(runs: Sequence[Run]) -> float | None:
+    """Test images / images trained on, over these runs; None where results do not say."""
+    test = sum(run.results.get("test_images") or 0 for run in runs)
+    train = sum(run.results.get("train_images") or 0 for run in runs)
+    return test / train if test and train else None
+
+
+def best_label(rows: Sequence[Row]) -> str | None:
+    """The row with the highest mean, complete rows first; None where no row has a mean."""
+    found = [row for row in rows if row.summary.mean is not None]
+    best = max(found, key=lambda row: (not row.summary.missing, row.summary.mean), default=None)
+    return best.label if best else None
+
+
+# ---------------------------------------------------------------- footnotes
+
+
+def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
+    """What a reader must know to read the table: method, marks, what was kept apart."""
+    unit = rows[0].summary.unit
+    how = "seeds averaged within a fold" if unit == "folds" else "folds averaged within a seed"
+    notes = [f"Test accuracy on {sweep.dataset}: mean ± std (ddof 1) over {unit}, {how}."]
+    if any(row.summary.mean is not None and row.summary.std is None for row in rows):
+        notes.append(f"± –: a single one of the {unit}, which has no std.")
+    if len(rows) > 1:
+        notes.append(
+            f"Difference: percentage points against {baseline}, paired by fold; "
+            "W/T/L: folds won, tied, lost."
+        )
+        notes += tests_done(sweep, rows)
+    if any(row.summary.missing for row in rows):
+        notes.append(
+            f"† runs that are missing, of the {rows[0].summary.runs} (fold, seed) that were "
+            f"planned or that another row has. A mean is over complete {unit} only, a difference "
+            "over folds complete in both."
+        )
+    return notes + unlike_baseline(sweep, baseline) + sweep.notes
+
+
+def tests_done(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """How the intervals and p values of the table were computed, and why others are absent."""
+    compared = [row for row in rows if row.versus]
+    notes = []
+    if any(row.versus.low is not None for row in compared):
+        tests = sum(row.versus.p is not None for row in compared)
+        ratio = resampling_ratio(sweep.finished())
+        notes.append(
+            "95 % CI and p: corrected resampled t test (Nadeau and Bengio, 2003), with test "
+            f"images / images trained on = {ratio:.2f}. p (Holm): corrected for "
+            f"{count(tests, 'comparison')} (Holm, 1979). table.csv also has the uncorrected p, and "
+            "an exact sign-flip p over folds, which does not correct for their overlap."
+        )
+    problem = why_no_tests()
+    if problem and any(row.versus.folds >= 3 for row in compared):
+        notes.append(f"No interval and no p: {problem}.")
+    for reason in dict.fromkeys(row.versus.untested for row in compared if row.versus.untested):
+        labels = [row.label for row in compared if row.versus.untested == reason]
+        notes.append(f"{', '.join(labels)}: {reason}.")
+    return notes
+
+
+def unlike_baseline(sweep: Sweep, baseline: str) -> list[str]:
+    """A note on each row whose runs differ from the baseline's in more than the network."""
+    notes, base = [], {run.key: run.results for run in sweep.finished(baseline)}
+    for label in sweep.labels:
+        own = sweep.finished(label)
+        pairs = [(run.results, base[run.key]) for run in own if run.key in base]
+        if label == baseline or not pairs:
+            continue
+        changes = describe_settings(*pairs[0], ignore=("weights",))
+        if changes:
+            notes.append(f"Not a like comparison: {label} ran with {changes} in {baseline}.")
+        data = [(data_of(a), data_of(b)) for a, b in pairs]
+        if any(a and b and a != b for a, b in data):
+            notes.append(f"Not a like comparison: {label} and {baseline} saw different images.")
+    return notes
+
+
+def count(number: int, thing: str) -> str:
+    """1 fold, 2 folds."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+# ---------------------------------------------------------------- class by class
+
+
+@dataclass(frozen=True)
+class ClassPair:
+    """Two classes taken for one another; indices into the class names, counts of predictions."""
+
+    a: int
+    b: int
+    a_as_b: int
+    b_as_a: int
+    share: float  # of all tests of images of both classes
+
+
+def confusion(runs: Sequence[Run]) -> tuple[list[str], np.ndarray] | None:
+    """Class names, and the confusion summed over runs: [C, C], true class by predicted class.
+
+    None where no run has a confusion. Runs of other classes than the first one are left out.
+    """
+    classes, total = None, None
+    for run in runs:
+        names = run.results.get("classes")
+        counts = np.array(run.results.get("confusion") or [], dtype=object)
+        if not names or counts.shape != (len(names), len(names)):
+            continue
+        if classes is None:
+            classes, total = names, np.zeros(counts.shape, dtype=np.int64)
+        if names == classes:
+            total += counts.astype(np.int64)
+    return None if classes is None else (classes, total)
+
+
+def class_accuracy(matrix: np.ndarray) -> np.ndarray:
+    """Percent of each true class that is predicted right, [C]; NaN for a class without images."""
+    seen = matrix.sum(axis=1)
+    return np.where(seen > 0, 100 * matrix.diagonal() / np.maximum(seen, 1), np.nan)
+
+
+def class_differences(
+    sweep: Sweep, label: str, baseline: str
+) -> tuple[list[str], np.ndarray] | None:
+    """Accuracy per class minus the baseline's, percentage points, over runs finished in both."""
+    both = sweep.accuracies(label).keys() & sweep.accuracies(baseline).keys()
+    own, base = (
+        confusion([run for run in sweep.finished(name) if run.key in both])
+        for name in (label, baseline)
+    )
+    if own is None or base is None or own[0] != base[0]:
+        return None
+    return own[0], class_accuracy(own[1]) - class_accuracy(base[1])
+
+
+def confused_pairs(matrix: np.ndarray, most: int = 5) -> list[ClassPair]:
+    """The pairs of classes with the largest share of their tests taken for one another."""
+    seen = matrix.sum(axis=1)
+    pairs = []
+    for a in range(len(matrix)):
+        for b in range(a + 1, len(matrix)):
+            there, back = int(matrix[a, b]), int(matrix[b, a])
+            if there + back:
+                pairs.append(ClassPair(a, b, there, back, (there + back) / int(seen[a] + seen[b])))
+    return sorted(pairs, key=lambda pair: -pair.share)[:most]
+
+
+def mistaken_images(
+    runs: Sequence[Run], true: int, predicted: int, most: int = 4
+) -> list[tuple[str, int, int]]:
+    """Test images of class `true` taken most often for `predicted`: (file, times, tests)."""
+    times, tests = Counter(), Counter()
+    for run in runs:
+        columns = [run.results.get(f"test_{name}") for name in ("files", "labels", "predictions")]
+        if not all(columns):
+            continue
+        for file, label, prediction in zip(*columns, strict=False):
+            if label == true:
+                tests[file] += 1
+                times[file] += prediction == predicted
+    worst = sorted((file for file in times if times[file]), key=lambda f: (-times[f], f))
+    return [(str(file), times[file], tests[file]) for file in worst[:most]]
