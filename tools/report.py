@@ -123,7 +123,7 @@ def draw_figures(sweep: Sweep, rows: list[Row], baseline: str, best: str | None)
 
 
 def write_curves(jobs: list[Path], out: Path) -> None:
-    """Draw the logs of all jobs into one picture; a folder of run folders stands for all of them."""
+    """Draw the logs of all jobs into one picture; a folder of runs stands for all of them."""
     if out.suffix not in AUTHOR_KEYS:
         raise UserError(f"--out {out}: the name must end in {', '.join(AUTHOR_KEYS)}")
     out.resolve().parent.mkdir(parents=True, exist_ok=True)
