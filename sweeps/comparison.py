@@ -107,6 +107,10 @@ def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
             f"planned or that another row has. A mean is over complete {unit} only, a difference "
             "over folds complete in both."
         )
+    for row in rows:
+        if row.summary.left_out and not row.summary.missing:
+            runs = count(row.summary.left_out, "finished run")
+            notes.append(f"{row.label}: {runs} not in the mean, which is over complete {unit}.")
     return notes + unlike_baseline(sweep, baseline) + sweep.notes
 
 

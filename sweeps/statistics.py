@@ -10,6 +10,7 @@ Intervals and p values need scipy (pip install scipy); means and deviations do n
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -34,6 +35,7 @@ class Summary:
     folds: int  # folds in the mean
     seeds: int  # seeds in the mean
     averaged: int  # runs in the mean
+    left_out: int  # finished runs that are not in it, of folds or seeds that are not complete
     missing: int  # runs of the table that this row does not have
     runs: int  # runs that a row of the table can have
 
@@ -78,8 +80,10 @@ def summarise(accuracies: Accuracies, expected: Set[Key], everything: Set[Key]) 
         used = [key for key in expected if key[0] in means]
         num_folds, num_seeds = len(means), len({seed for _, seed in used} or seeds)
     else:
+        # folds differ more than seeds do: a seed counts only if it has all folds of the row
+        pairs = product({seed for _, seed in expected}, {fold for fold, _ in expected})
         swapped = {(seed, fold): value for (fold, seed), value in accuracies.items()}
-        means, unit = fold_means(swapped, {(seed, fold) for fold, seed in expected}), "seeds"
+        means, unit = fold_means(swapped, set(pairs)), "seeds"
         used = [key for key in expected if key[1] in means]
         num_folds, num_seeds = len({fold for fold, _ in used} or folds), len(means)
     values = list(means.values())
@@ -90,6 +94,7 @@ def summarise(accuracies: Accuracies, expected: Set[Key], everything: Set[Key]) 
         folds=num_folds,
         seeds=num_seeds,
         averaged=len(used),
+        left_out=len(accuracies) - len(used),
         missing=len(everything - accuracies.keys()),
         runs=len(everything),
     )

@@ -187,7 +187,7 @@ def test_dry_run_prints_commands_only_whatever_the_checks_print(data, tmp_path, 
 def test_overwrite_runs_again_and_keeps_the_old_run(swept, capsys):
     old = (swept / ONE / "results.json").read_text()
     assert call(*flags("my runs", "--overwrite")) == 0
-    assert "--overwrite: moved the old run to" in capsys.readouterr().out
+    assert "--overwrite: the old run is now in" in capsys.readouterr().out
     (aside,) = (swept / "overwritten").iterdir()
     assert aside.name.startswith(ONE) and (aside / "results.json").read_text() == old
     assert (aside / "output.log").exists()

@@ -154,6 +154,18 @@ def test_equal_differences_have_an_interval_and_the_note_says_why_they_have_no_p
     assert "ewer than 3" not in text
 
 
+def test_a_seed_that_has_not_all_folds_is_not_averaged_with_those_that_have(tmp_path):
+    for fold, accuracy in ((1, 60.0), (2, 70.0)):
+        write_run(tmp_path, "resnet18", fold, 42, accuracy)
+    write_run(tmp_path, "resnet18", 1, 43, 61.0)
+    grid = {"dataset": "dtd", "models": ["resnet18"]}
+    add_plan(tmp_path, **grid, folds=[1, 2], seeds=[42])
+    add_plan(tmp_path, **grid, folds=[1], seeds=[43])
+    text = write_tables(tmp_path, dataset="dtd")
+    assert "65.00 ± – (2 folds × 1 seed)" in text
+    assert "- resnet18: 1 finished run not in the mean, which is over complete seeds." in text
+
+
 def test_two_folds_have_no_interval_and_the_note_says_why(tmp_path):
     write_pair(tmp_path)
     for model in ("resnet18", "twistnet18"):
