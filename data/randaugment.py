@@ -28,6 +28,12 @@ CHOICE_OF = torch.tensor(
     [[CHOICES.index((op, negated and int(SPACE[op][1]))) for negated in (0, 1)] for op in OPS]
 )
 
+# The row of each choice in the tables of its kind; 0 for the kinds that have none.
+TABLE_ROW = torch.zeros(len(CHOICES), dtype=torch.int64)
+for _kind in (LOOKUPS, MOVES):
+    _chosen = [i for i, (op, _) in enumerate(CHOICES) if op in _kind]
+    TABLE_ROW[_chosen] = torch.arange(len(_chosen))
+
 # More pixels than this at a time (32 images of 224 × 224) do not stay in a CPU's caches.
 PIXELS_AT_ONCE_ON_CPU = 32 * 224 * 224
 
@@ -87,8 +93,9 @@ class RandAugment:
         # In each round, sort the images by what they drew, then apply each kind to its slice.
         rows = images.permute(0, 2, 3, 1).flatten(1)  # B × HWC
         for column, count in enumerate(counts):
-            order, choice = plan[2 * column], plan[2 * column + 1]
-            batch = SortedBatch(rows.index_select(0, order).unflatten(1, (*size, 3)), choice, count)
+            order, table_row = plan[2 * column], plan[2 * column + 1]
+            images = rows.index_select(0, order).unflatten(1, (*size, 3))
+            batch = SortedBatch(images, table_row, count)
             look_up(batch, tables)
             move(batch, tables)
             blend_with_grey(batch, self.weights)
@@ -156,9 +163,9 @@ class Tables:
 class SortedBatch:
     """The images of one round, sorted by choice, so that each operation works on a slice."""
 
-    def __init__(self, images: Tensor, choice: Tensor, counts: list[int]):
-        """images: uint8, B × H × W × 3.  choice: B, ascending.  counts: images per choice."""
-        self.images, self.choice = images, choice
+    def __init__(self, images: Tensor, table_row: Tensor, counts: list[int]):
+        """images: uint8, B × H × W × 3.  table_row: B.  counts: images per choice."""
+        self.images, self.table_row = images, table_row
         self.ends = torch.tensor([0, *counts]).cumsum(0).tolist()
 
     def find(self, *ops: str, negated: int | None = None) -> slice:
@@ -171,7 +178,7 @@ def make_plan(draws: Tensor) -> tuple[Tensor, list[list[int]]]:
     """How to sort a batch, round by round, without asking the device.
 
     draws: B × num_ops × 2. Returns (2 num_ops + 1) × B: for each round the images' new order and
-    their sorted choices, at last the way back; and for each round the number of images per choice.
+    their rows in the tables, at last the way back; and for each round the images per choice.
     """
     place = torch.arange(len(draws))  # which image is where
     plan, counts = [], []
@@ -179,7 +186,7 @@ def make_plan(draws: Tensor) -> tuple[Tensor, list[list[int]]]:
         choice = CHOICE_OF[column[:, 0], column[:, 1]]
         choice, order = choice[place].sort(stable=True)
         place = place[order]
-        plan += [order, choice]
+        plan += [order, TABLE_ROW[choice]]
         counts.append(choice.bincount(minlength=len(CHOICES)).tolist())
     plan.append(place.argsort())
     return torch.stack(plan), counts
@@ -191,8 +198,7 @@ def look_up(batch: SortedBatch, tables: Tables) -> None:
     images = batch.images[group]
     if len(images) == 0:
         return
-    first = CHOICES.index((LOOKUPS[0], 0))
-    values = tables.values.index_select(0, batch.choice[group] - first)  # n × 768
+    values = tables.values.index_select(0, batch.table_row[group])  # n × 768
     if auto.stop > auto.start:
         values[auto.start - group.start :] = stretch_contrast(batch.images[auto])
     index = images.flatten(2).long().add_(tables.offsets).flatten(1)
@@ -219,9 +225,9 @@ def move(batch: SortedBatch, tables: Tables) -> None:
     rows = batch.images[group].flatten(1)
     if len(rows) == 0:
         return
-    kind = batch.choice[group] - CHOICES.index((MOVES[0], 0))
-    moved = rows.gather(1, tables.source.index_select(0, kind))
-    torch.mul(moved, tables.inside.index_select(0, kind), out=rows)
+    table_row = batch.table_row[group]
+    moved = rows.gather(1, tables.source.index_select(0, table_row))
+    torch.mul(moved, tables.inside.index_select(0, table_row), out=rows)
 
 
 def blend_with_grey(batch: SortedBatch, weights: dict[tuple[str, int], float]) -> None:

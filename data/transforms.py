@@ -146,7 +146,7 @@ class Augment:
         B × num_classes, whose rows sum to 1.
         """
         images = normalise(self.randaugment(images, draws))
-        targets = one_hot(labels, self.num_classes).float()
+        targets = one_hot(labels, self.num_classes)
         with seeded(self.seed, step, micro, 1):  # the 1 keeps these draws apart from other keys
             if int(torch.randint(2, ())) == 0:
                 return mix_up(images, targets, **self.mixup.make_params([images]))
@@ -185,7 +185,7 @@ def cut_mix(
 
 
 def mix_targets(targets: torch.Tensor, lam: float) -> torch.Tensor:
-    return targets.roll(1, 0).mul_(1 - lam).add_(targets * lam)
+    return (targets.roll(1, 0) * (1 - lam)).add_(targets * lam)  # float32, also of integers
 
 
 def make_augmentation(
