@@ -15,6 +15,7 @@ from pathlib import Path
 from torchvision.datasets import Flowers102
 
 from common.errors import UserError
+from common.optional import import_optional
 from data.splits import (
     SPLITS,
     ExistingFiles,
@@ -128,10 +129,7 @@ def _read_cub(path: Path) -> dict[str, tuple[str, str]]:
 def load_flowers102(data_dir: Path, fold: int) -> Splits:
     """Oxford Flowers-102, one fold: the official splits, read by torchvision (needs scipy)."""
     check_fold(fold, [1], "flowers102")
-    try:
-        import scipy.io  # noqa: F401
-    except ImportError as error:
-        raise UserError("--dataset flowers102 needs scipy: pip install scipy") from error
+    import_optional("scipy.io", purpose="--dataset flowers102")
     parent = Path(os.path.abspath(data_dir))
     if parent.name == "flowers-102" and (parent / "jpg").is_dir():
         parent = parent.parent

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.errors import UserError
+from common.optional import import_optional
 
 
 class TimmRandAugment:
@@ -18,12 +18,9 @@ class TimmRandAugment:
     """
 
     def __init__(self, name: str, *, size: int, mean: tuple[float, float, float]):
-        try:
-            from timm.data.auto_augment import rand_augment_transform
-        except ImportError as error:
-            raise UserError(f"RandAugment {name} is timm's ({error}): pip install timm") from error
+        timm_augment = import_optional("timm.data.auto_augment", purpose=f"RandAugment {name}")
         # The same arguments as in timm's own transforms_imagenet_train for a crop of `size`.
-        self.policy = rand_augment_transform(
+        self.policy = timm_augment.rand_augment_transform(
             name,
             {
                 "translate_const": int(size * 0.45),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import sha256
+from common.optional import import_optional
 from models.authors_checkpoint import has_authors_names, translate_names
 from models.fitting import first_few
 
@@ -120,12 +121,9 @@ def is_safetensors(path: Path, data: bytes) -> bool:
 
 
 def load_safetensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    safetensors_torch = import_optional("safetensors.torch", purpose=f"reading {path}")
     try:
-        import safetensors.torch  # optional
-    except ImportError:
-        raise UserError(f"{path} is in safetensors format: pip install safetensors") from None
-    try:
-        return dict(sorted(safetensors.torch.load(data).items()))  # its own order is arbitrary
+        return dict(sorted(safetensors_torch.load(data).items()))  # its own order is arbitrary
     except Exception as error:  # the reader raises SafetensorError, KeyError and others
         raise damaged(path, str(error)) from None
 

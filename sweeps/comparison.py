@@ -129,7 +129,7 @@ def tests_done(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         )
     problem = why_no_tests()
     if problem and any(row.versus.folds >= 3 for row in compared):
-        notes.append(f"No interval and no p: {problem}.")
+        notes.append(f"No intervals and no p values: {problem}.")
     for reason in dict.fromkeys(row.versus.untested for row in compared if row.versus.untested):
         labels = [row.label for row in compared if row.versus.untested == reason]
         notes.append(f"{', '.join(labels)}: {reason}.")

@@ -75,9 +75,9 @@ def import_matplotlib():
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
-        import_optional("matplotlib.figure", purpose="figures")
-        import_optional("matplotlib.font_manager", purpose="figures")
-        return import_optional("matplotlib", purpose="figures")
+        import_optional("matplotlib.figure", purpose="drawing figures")
+        import_optional("matplotlib.font_manager", purpose="drawing figures")
+        return import_optional("matplotlib", purpose="drawing figures")
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend

@@ -58,7 +58,7 @@ def build_page(
         problem: why there are no figures.
         data_dir: folder of the test images; None for where the runs found them.
     """
-    jinja2 = import_optional("jinja2", purpose="HTML reports")
+    jinja2 = import_optional("jinja2", purpose="writing report.html")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     headers, lines = table_cells(rows)

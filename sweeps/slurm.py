@@ -88,7 +88,7 @@ def submit(
 
     Raises UserError if submitit or Slurm is not installed, or if Slurm refuses.
     """
-    submitit = import_optional("submitit", purpose="Slurm jobs")
+    submitit = import_optional("submitit", purpose="--launcher slurm")
     path = shlex.quote(str(ROOT))
     try:
         executor = submitit.SlurmExecutor(logs, max_num_timeout=ANY_NUMBER)

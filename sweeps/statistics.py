@@ -209,4 +209,4 @@ def why_no_tests() -> str | None:
 
 
 def _scipy_stats():
-    return import_optional("scipy.stats", purpose="intervals and p values")
+    return import_optional("scipy.stats", purpose="computing them")

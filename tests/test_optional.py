@@ -13,15 +13,15 @@ def test_an_installed_module_is_returned():
 
 
 def test_a_package_that_is_not_installed_is_named():
-    with pytest.raises(UserError, match="^figures need no_such_package: pip install no_such_pack"):
-        import_optional("no_such_package.figure", purpose="figures")
+    with pytest.raises(UserError, match="^drawing needs no_such_package: pip install no_such_pack"):
+        import_optional("no_such_package.figure", purpose="drawing")
 
 
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
         ("import no_such_dependency", "ModuleNotFoundError: No module named 'no_such_dependency'"),
-        ("raise ValueError('backend\\nis wrong')", "ValueError: backend"),
+        ("raise ValueError('backend\\nis wrong')", "ValueError: backend is wrong"),
         ("raise ImportError('undefined symbol')", "ImportError: undefined symbol"),
         ("raise OSError", "OSError: "),
     ],
@@ -32,5 +32,5 @@ def test_a_package_that_fails_is_not_called_missing(tmp_path, monkeypatch, code,
     monkeypatch.delitem(sys.modules, "a_broken_package", raising=False)
     with pytest.raises(UserError) as raised:
         import_optional("a_broken_package", purpose="figures")
-    assert f"cannot be imported here ({reason})" in str(raised.value)
+    assert f"cannot be imported ({reason})" in str(raised.value)
     assert "pip install" not in str(raised.value)

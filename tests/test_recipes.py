@@ -157,9 +157,9 @@ def test_a1_draws_nothing_for_the_device_but_its_mixing(timm):
 def test_without_timm_it_is_said_what_to_install(monkeypatch):
     for module in ("timm.optim", "timm.data.auto_augment"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match="LAMB is timm's .*: pip install timm"):
+    with pytest.raises(UserError, match="LAMB.* needs timm: pip install timm"):
         OPTIMIZERS["lamb"](nn.Linear(2, 2), lr=1.0, weight_decay=0.0)
-    with pytest.raises(UserError, match="RandAugment rand-m7-.* is timm's .*: pip install timm"):
+    with pytest.raises(UserError, match="RandAugment rand-m7-.* needs timm: pip install timm"):
         make_augmentation(A1, size=32, seed=0, num_classes=3)
 
 

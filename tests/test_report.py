@@ -251,7 +251,7 @@ def test_a_matplotlib_that_fails_costs_the_figures_only(tmp_path, failure):
     write_run(tmp_path / "runs", "resnet18", 1, 42, 3)
     done = report(tmp_path / "runs", path=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = "figures need matplotlib, which cannot be imported here (" + failure.partition("(")[0]
+    told = f"but cannot be imported ({failure.partition('(')[0]}"
     assert told in done.stdout and (tmp_path / "runs" / "report.html").is_file()
 
 

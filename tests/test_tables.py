@@ -141,7 +141,7 @@ def test_without_scipy_the_table_has_means_and_says_what_to_install(tmp_path, mo
     write_pair(tmp_path)
     text = write_planned(tmp_path)
     assert "64.00 ± 2.00" in text and "| +2.00      | 3/0/0 |" in text and "Holm" not in text
-    assert "- No interval and no p: intervals and p values need scipy: pip install scipy." in text
+    assert "- No intervals and no p values: computing them needs scipy: pip install scipy." in text
 
 
 def test_equal_differences_have_an_interval_and_the_note_says_why_they_have_no_p(tmp_path):

@@ -13,7 +13,6 @@ The file is read back and compared with the network at two batch sizes and two i
 kept only if they agree. ONNX needs: pip install onnx onnxscript onnxruntime
 """
 
-import importlib
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from common.cli import Parser, run
 from common.errors import UserError
 from common.files import check_outputs
+from common.optional import import_optional
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
 from models.weights import load_trained
 
@@ -104,14 +104,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def require_onnx() -> None:
     """Raise UserError unless the packages are installed that ONNX export needs."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    for name in packages:
         try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(
-                f"ONNX needs {name}: pip install onnx onnxscript onnxruntime, or "
-                "choose an --out that ends in .pt2"
-            ) from error
+            import_optional(name, purpose="ONNX", install=" ".join(packages))
+        except UserError as error:
+            raise UserError(f"{error}, or choose an --out that ends in .pt2") from error
 
 
 def trace(model: nn.Module) -> torch.export.ExportedProgram:

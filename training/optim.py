@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from common.errors import UserError
+from common.optional import import_optional
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -48,11 +48,8 @@ def make_lamb(model: nn.Module, *, lr: float, weight_decay: float) -> torch.opti
 
     Raises UserError where timm is not installed.
     """
-    try:
-        from timm.optim import Lamb
-    except ImportError as error:
-        raise UserError(f"--recipe a1 uses timm's LAMB ({error}): pip install timm") from error
-    return Lamb(decay_groups(model, weight_decay), lr=lr)
+    timm_optim = import_optional("timm.optim", purpose="--recipe a1 (LAMB)")
+    return timm_optim.Lamb(decay_groups(model, weight_decay), lr=lr)
 
 
 OPTIMIZERS = {"sgd": make_sgd, "lamb": make_lamb}

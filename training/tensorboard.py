@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.errors import UserError
+from common.optional import import_optional
 
 
 class TensorBoardLogger:
@@ -13,11 +13,10 @@ class TensorBoardLogger:
     """
 
     def __init__(self, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except Exception as error:  # tensorboard is not there, or does not fit other packages
-            raise UserError(f"--tensorboard: {error}: pip install tensorboard") from error
-        self.folder, self.make_writer = folder, SummaryWriter
+        module = import_optional(
+            "torch.utils.tensorboard", purpose="--tensorboard", install="tensorboard"
+        )
+        self.folder, self.make_writer = folder, module.SummaryWriter
         self.writer, self.num_written = None, 0
 
     def __call__(self, history: list[dict]) -> None:

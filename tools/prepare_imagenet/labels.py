@@ -17,6 +17,7 @@ from torchvision.datasets.imagenet import ARCHIVE_META
 
 from common.errors import UserError
 from common.files import decode_text, read_text
+from common.optional import import_optional
 
 WNID = re.compile(r"n\d{8}")
 DEVKIT_TAR = ARCHIVE_META["devkit"][0]
@@ -98,14 +99,11 @@ def _read_devkit(meta: Path) -> dict[str, str]:
 def _read_meta(file: BinaryIO, where: Path) -> dict[int, str]:
     """ILSVRC2012_ID → wnid of the classes; meta.mat also lists the synsets above them."""
     try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise UserError(
-            f"reading meta.mat of {where} needs scipy: pip install scipy (or put "
-            "valprep.sh or LOC_val_solution.csv beside it)"
-        ) from None
+        scipy_io = import_optional("scipy.io", purpose=f"reading meta.mat of {where}")
+    except UserError as error:
+        raise UserError(f"{error} (or put valprep.sh or LOC_val_solution.csv beside it)") from error
     try:
-        synsets = loadmat(file, squeeze_me=True)["synsets"]
+        synsets = scipy_io.loadmat(file, squeeze_me=True)["synsets"]
         columns = [synsets[name] for name in ("ILSVRC2012_ID", "WNID", "num_children")]
         rows = [
             (int(number), str(wnid), int(children))
