@@ -140,17 +140,18 @@ def _contains_mark(path: Path, mark: bytes) -> bool:
 def check_output_folder(folder: Path, *, flag: str, made_by_tool: Iterable[str]) -> None:
     """Raise UserError unless `folder` is new, empty, or one that this tool has filled before.
 
-    made_by_tool: names of which the tool's folders contain at least one.
+    made_by_tool: file names; the tool's own folders contain at least one of them.
     """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
         raise UserError(f"{flag} {printable(folder)} is a file: choose another folder")
-    names = {name for name in os.listdir(folder) if name not in (LOCK, ".DS_Store")}
-    if names and names.isdisjoint(made_by_tool):
+    names = set(os.listdir(folder))
+    others = names - {LOCK, ".DS_Store"}
+    if others and names.isdisjoint(made_by_tool):
         raise UserError(
             f"{flag} {printable(folder)} contains files that this tool did not write "
-            f"({printable(min(names))}): choose a new or an empty folder"
+            f"({printable(min(others))}): choose a new or an empty folder"
         )
 
 

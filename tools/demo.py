@@ -1,34 +1,29 @@
-"""The whole way in minutes on a CPU: data → pretraining → weights found → sweep → table.
+"""Try the whole pipeline on synthetic data, in a few minutes on a CPU.
 
   python -m tools.demo
 
 Draws procedural textures, pretrains ResNet-18 and TwistNet-18 on one set of them, fine-tunes both
-on another over two folds, and compares them. Each command is printed before it runs: they are the
-commands of a real study, on smaller numbers. All of it lies in --out. Run again, it goes on.
+from these weights on two folds of another, and compares them. Each command is printed before it
+runs: it is the command of a real study, with smaller numbers. Everything is written to --out. If it
+is interrupted, the same command resumes it.
 """
 
 import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from common.cli import Parser, run
 from common.errors import UserError
+from common.files import LOCK, check_output_folder, lock_folder, read_json
+from common.processes import usable_cpus
 from data.synthetic import write_dtd, write_imagenet_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("resnet18", "twistnet18")
-SIZE, CLASSES = 64, 8
-
-
-def call(command: list[str], folder: Path) -> None:
-    """Print a command as one would type it in `folder`, and run it there."""
-    script = os.path.relpath(ROOT / command[0], folder)
-    print(f"\n$ cd {folder} && {shlex.join(['python', script, *command[1:]])}", flush=True)
-    env = {**os.environ, "TWISTNET_LAUNCHER": str(os.getpid())}  # ends when this process does
-    if subprocess.run([sys.executable, script, *command[1:]], cwd=folder, env=env).returncode:
-        raise UserError(f"{command[0]} failed: its message stands above")
+FOLDS, SIZE, CLASSES = 2, 64, 8
 
 
 def main() -> None:
@@ -38,12 +33,24 @@ def main() -> None:
         type=Path,
         default=ROOT / "runs" / "demo",
         metavar="DIR",
-        help="everything is written in here (default: runs/demo)",
+        help="folder for everything that the demo writes (default: runs/demo)",
     )
     out = parser.parse_args().out
-    print(f"drawing {CLASSES} kinds of textures at {SIZE} px in {out / 'data'}", flush=True)
+    check_output_folder(out, flag="--out", made_by_tool=[LOCK])
+    started = time.monotonic()
+    with lock_folder(out, required=False):
+        draw_data(out / "data")
+        for model in MODELS:
+            run_script("pretrain_imagenet.py", pretrain_flags(model), folder=out)
+        run_script("run_all.py", sweep_flags(), folder=out)
+    print_results(out, minutes=(time.monotonic() - started) / 60)
+
+
+def draw_data(folder: Path) -> None:
+    """Two sets of the same kinds of textures: an ImageNet tree, and DTD's layout with folds."""
+    print(f"drawing {CLASSES} kinds of textures at {SIZE} px in {folder}", flush=True)
     write_imagenet_tree(
-        out / "data" / "imagenet",
+        folder / "imagenet",
         train_per_class=120,
         val_per_class=25,
         size=SIZE,
@@ -51,65 +58,57 @@ def main() -> None:
         num_classes=CLASSES,
     )
     write_dtd(
-        out / "data" / "dtd", images_per_class=48, folds=2, size=SIZE, seed=2, num_classes=CLASSES
+        folder / "dtd",
+        images_per_class=48,
+        folds=FOLDS,
+        size=SIZE,
+        seed=2,
+        num_classes=CLASSES,
     )
+
+
+def pretrain_flags(model: str) -> str:
+    return (
+        f"--data_dir data/imagenet --model {model} --img_size {SIZE} --epochs 10 "
+        f"--warmup_epochs 1 --batch_size 16 --lr 0.1 --checkpoint_dir checkpoints/{model} "
+        "--resume auto"
+    )
+
+
+def sweep_flags() -> str:
+    return (
+        f"--data_dir data/dtd --dataset dtd --models {','.join(MODELS)} --folds 1-{FOLDS} "
+        f"--seeds 42 --img_size {SIZE} --epochs 6 --batch_size 16 --jobs 2 --run_dir runs"
+    )
+
+
+def run_script(name: str, flags: str, *, folder: Path) -> None:
+    """Print a script's command as one would type it in `folder`, and run it there."""
+    script = os.path.relpath(ROOT / name, folder)
+    words = [script, *flags.split()]
+    print(f"\n$ cd {folder} && {shlex.join(['python', *words])}", flush=True)
+    env = {**os.environ, "TWISTNET_LAUNCHER": str(os.getpid())}  # it ends when this process does
+    if subprocess.run([sys.executable, *words], cwd=folder, env=env).returncode:
+        raise UserError(f"{name} failed, see its message above")
+
+
+def print_results(out: Path, *, minutes: float) -> None:
+    """Print the accuracies of both steps and where everything is."""
+    print(f"\nResults of the demo ({minutes:.1f} minutes with {usable_cpus()} CPU cores)")
+    print(f"{'network':<12}{'pretraining, top-1':>20}{f'fine-tuning, {FOLDS} folds':>24}")
     for model in MODELS:
-        call(
-            [
-                "pretrain_imagenet.py",
-                "--data_dir",
-                "data/imagenet",
-                "--model",
-                model,
-                "--img_size",
-                str(SIZE),
-                "--epochs",
-                "10",
-                "--warmup_epochs",
-                "1",
-                "--batch_size",
-                "16",
-                "--lr",
-                "0.1",
-                "--checkpoint_dir",
-                f"checkpoints/{model}",
-                "--resume",
-                "auto",
-            ],
-            out,
-        )
-    call(
-        [
-            "run_all.py",
-            "--data_dir",
-            "data/dtd",
-            "--dataset",
-            "dtd",
-            "--models",
-            ",".join(MODELS),
-            "--folds",
-            "1-2",
-            "--seeds",
-            "42",
-            "--img_size",
-            str(SIZE),
-            "--epochs",
-            "6",
-            "--batch_size",
-            "16",
-            "--jobs",
-            "2",
-            "--run_dir",
-            "runs",
-        ],
-        out,
-    )
+        pretrained = read_json(out / "weights" / f"{model}_imagenet.json")["top1"]
+        runs = [read_json(path) for path in (out / "runs").glob(f"*_{model}_*/results.json")]
+        accuracy = sum(run["test_acc"] for run in runs) / len(runs)
+        print(f"{model:<12}{f'{pretrained:.1f} %':>20}{f'{accuracy:.1f} %':>24}")
+    chance = f"{100 / CLASSES:.1f} %"
+    print(f"{'chance':<12}{chance:>20}{chance:>24}")
     print(
-        f"\nby chance it would be {100 / CLASSES:.1f} %. What lies where, in {out}:\n"
+        f"\nFiles in {out}:\n"
         "  weights/               the pretrained weights, which run_all.py found by itself\n"
         "  checkpoints/<model>/   pretraining: latest.pt, best.pt, log.jsonl\n"
         "  runs/<run>/            fine-tuning: results.json, log.jsonl, best.pt, output.log\n"
-        "  runs/table.md          the table above; also .csv and .tex"
+        "  runs/table.md          the table above; also table.csv and table.tex"
     )
 
 

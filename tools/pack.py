@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.cli import Parser, at_least, run
 from common.errors import UserError
-from common.files import lock_folder, require_free_space
+from common.files import LOCK, check_output_folder, lock_folder, require_free_space
 from common.processes import ignore_stop_signals, usable_cpus
 from data.decoding import decode_rgb, open_image
 from data.imagenet import load_imagenet
@@ -36,6 +36,7 @@ from data.packed import (
     PackedImages,
     PackWriter,
     finish_pack,
+    is_interrupted,
     map_in_workers,
     open_pack,
     read_manifest,
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--data_dir {args.data_dir} is packed: give the tree it was made of")
     if args.out.resolve() == args.data_dir.resolve():
         raise UserError("--out must be another folder than --data_dir")
+    if not is_interrupted(args.out):
+        check_output_folder(args.out, flag="--out", made_by_tool=[LOCK, MANIFEST])
     sources = {"train": train, "val": val}
     settings = {
         "short_side": args.short_side,

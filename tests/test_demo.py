@@ -1,0 +1,24 @@
+"""tools/demo.py: the results that it prints at the end."""
+
+import json
+from pathlib import Path
+
+from tools import demo
+
+
+def test_results_are_the_pretraining_accuracy_and_the_mean_over_folds(capsys):
+    for model, top1, folds in (("resnet18", 90.0, (60, 70)), ("twistnet18", 92.5, (71, 80))):
+        Path("weights").mkdir(exist_ok=True)
+        Path(f"weights/{model}_imagenet.json").write_text(json.dumps({"top1": top1}))
+        for fold, accuracy in enumerate(folds, 1):
+            run = Path(f"runs/dtd_fold{fold}_{model}_seed42")
+            run.mkdir(parents=True)
+            (run / "results.json").write_text(json.dumps({"test_acc": accuracy}))
+    demo.print_results(Path(), minutes=3.14)
+    lines = capsys.readouterr().out.splitlines()
+    assert "(3.1 minutes with " in lines[1]
+    assert [line.split() for line in lines[3:6]] == [
+        ["resnet18", "90.0", "%", "65.0", "%"],
+        ["twistnet18", "92.5", "%", "75.5", "%"],
+        ["chance", "12.5", "%", "12.5", "%"],
+    ]
