@@ -1,16 +1,16 @@
-"""tools/benchmark: every row is there, medians and ratios are what they say."""
+"""tools/benchmark: every row is measured, and medians and ratios are what they claim to be."""
 
-import itertools
 import json
-import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from common.errors import UserError
 from data.synthetic import write_dtd, write_imagenet_tree
 from tools.benchmark import __main__ as benchmark
-from tools.benchmark import end_to_end, loader, step, timing
+from tools.benchmark import end_to_end, loader, plain_train, step, timing
 
 SMALL = ["--img_size", "32", "--rounds", "1", "--batch_size", "4"]
 
@@ -39,7 +39,7 @@ def test_rows_take_turns_and_the_first_turn_does_not_count():
     assert [row["row"] for row in table] == ["a", "b"]
 
 
-def test_milliseconds_an_image_and_ratios_are_medians(monkeypatch):
+def test_milliseconds_per_image_and_ratios_are_medians(monkeypatch):
     # one clock reading at the start and one at the end of each turn, seconds
     spent = {"a": iter([9, 3, 8, 4]), "b": iter([9, 1, 2, 4])}
     clock = [0.0]
@@ -58,39 +58,80 @@ def test_milliseconds_an_image_and_ratios_are_medians(monkeypatch):
     assert b["cpu_ratio"] == b["wall_ratio"] == 3  # the median of 3/1, 8/2 and 4/4
 
 
-def test_loader_has_every_way_to_read_and_the_devices_part(tree, capsys):
+def test_loader_measures_every_way_to_read_and_the_devices_part(tree, capsys):
     result = found(capsys, "loader", "--data_dir", str(tree), "--images", "6", *SMALL)
-    rows = [row["row"] for row in result["loader"]]
-    assert rows[0].startswith("plain") and {
-        "files, Pillow",
-        "packed 256, Pillow",
-        "decoded once (fine-tuning)",
-    } <= set(rows)
-    assert result["images"] == 6 and result["loader"][0]["cpu_ratio"] == 1
+    plain, files, packed, decoded = result["loader"]
+    assert plain["row"].startswith("plain") and plain["cpu_ratio"] == 1
+    assert files["row"].startswith("files, ") and packed["row"].startswith("packed 256, ")
+    assert decoded["row"].startswith("decoded once")
     assert all(row["cpu_ms"] > 0 and row["wall_ms"] > 0 for row in result["loader"])
-    assert result["device"][0]["cpu_ms"] > 0
+    assert result["images"] == 6 and result["device"][0]["cpu_ms"] > 0
     assert result["kb"]["decoded"] == pytest.approx(48 * 48 * 3 / 1e3)
 
 
 def test_loader_reads_class_folders_and_refuses_a_pack(tree, tmp_path_factory):
-    args = benchmark.parse_args(["loader", "--data_dir", str(tree / "train"), "--images", "5"])
-    made = loader.small_tree(args, tmp_path_factory.mktemp("made"))
-    train, val, classes = loader.load_imagenet(made)
+    small = loader.make_small_tree(tree / "train", tmp_path_factory.mktemp("small"), count=5)
+    train, val, classes = loader.load_imagenet(small)
     assert (len(train), len(val), len(classes)) == (5, 2, 2)
     (tree / "train" / loader.MANIFEST).touch()
     with pytest.raises(UserError, match="is packed: give the tree"):
-        loader.small_tree(args, tree)
+        loader.make_small_tree(tree / "train", tree / "small", count=5)
 
 
-def test_step_compares_two_networks_in_time_and_memory(monkeypatch, capsys):
-    monkeypatch.setattr(step, "STEPS", {"plain": ("resnet18", True), "ours": ("twistnet18", False)})
+def test_step_compares_networks_and_implementations_in_time_and_memory(monkeypatch, capsys):
+    rows = {name: how for name, how in step.ROWS.items() if how[1] != "compiled"}
+    monkeypatch.setattr(step, "ROWS", rows)
     result = found(capsys, "step", *SMALL)
-    plain, ours = result["step"]
-    assert result["twistnet_memory"] == pytest.approx(ours["peak_mb"] / plain["peak_mb"])
-    assert (
-        plain["wall_ratio"] == 1 and min(plain["peak_mb"], ours["peak_mb"]) > 4 * 11.7
-    )  # the weights alone, in float32
-    assert result["twistnet_time"] == pytest.approx(ours["wall_ms"] / plain["wall_ms"])
+    plain, resnet, *twistnets = result["step"]
+    assert [row["row"].split(", ", 2)[-1] for row in twistnets] == ["plain STCI", "fused STCI"]
+    assert plain["wall_ratio"] == 1
+    for row in result["step"]:
+        assert row["peak_mb"] > 4 * 11.7  # the weights alone, in float32
+    for row in twistnets:
+        assert row["memory_vs_resnet"] == pytest.approx(row["peak_mb"] / resnet["peak_mb"])
+        assert row["time_vs_resnet"] == pytest.approx(row["wall_ms"] / resnet["wall_ms"])
+
+
+def test_a_step_uses_the_implementation_that_its_row_names(monkeypatch):
+    used = []
+
+    def note(stci, h):
+        used.append(stci.implementation)
+        return False
+
+    monkeypatch.setattr("models.fused.is_chosen", note)
+    monkeypatch.setattr("models.twistnet.is_chosen", note, raising=False)
+    for how in ("plain", "fused"):
+        step.make_turn("twistnet18", how, batch_size=2, img_size=32)(0)
+        assert set(used) == {how}
+        used.clear()
+
+
+def test_a_machine_without_a_compiler_leaves_the_compiled_row_out(monkeypatch, capsys):
+    def make_turn(name, how, **shape):
+        def turn(number):
+            if how == "compiled":
+                raise RuntimeError("no compiler\nin many lines")
+
+        return turn
+
+    monkeypatch.setattr(step, "make_turn", make_turn)
+    monkeypatch.setattr(step, "measure_peak_memory", lambda *args, **shape: 1e6)
+    benchmark.main(["step", *SMALL])
+    out = capsys.readouterr().out
+    assert "left out, ours, TwistNet-18, compiled: RuntimeError: no compiler\n" in out
+    assert "ours, TwistNet-18, fused STCI / ours, ResNet-18: time " in out
+
+
+@pytest.mark.parametrize(
+    ("what", "on_gpu", "batch_size"),
+    [("step", True, 256), ("step", False, 32), ("joint", True, 256), ("sweep", True, 32)],
+)
+def test_a_gpu_is_measured_with_large_batches(monkeypatch, what, on_gpu, batch_size):
+    monkeypatch.setattr(benchmark.torch.cuda, "is_available", lambda: on_gpu)
+    assert benchmark.parse_args([what, "--data_dir", "x"]).batch_size == batch_size
+    assert benchmark.parse_args([what, "--data_dir", "x", "--batch_size", "7"]).batch_size == 7
+    assert step.steps_per_turn() == (10 if on_gpu else 1)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +141,11 @@ def test_step_compares_two_networks_in_time_and_memory(monkeypatch, capsys):
         (0.5, 8, 3000, 4, "step", 12000),
     ],
 )
-def test_joint_says_which_side_decides_and_how_long_it_takes(
+def test_joint_names_the_bottleneck_and_the_days_of_a_pretraining(
     monkeypatch, capsys, ms, cores, rate, gpus, bottleneck, reached
 ):
     row = {"row": "x", "cpu_ms": ms, "wall_ms": ms, "cpu_ratio": 1, "wall_ratio": 1}
-    monkeypatch.setattr(benchmark, "loader", lambda args: {"loader": [row]})
+    monkeypatch.setattr(benchmark, "measure_loader", lambda args: {"loader": [row]})
     result = found(
         capsys, "joint", "--cores", str(cores), "--gpus", str(gpus), "--step_rate", str(rate)
     )
@@ -113,10 +154,10 @@ def test_joint_says_which_side_decides_and_how_long_it_takes(
     assert only["days"] == pytest.approx(600 * 1_281_167 / reached / 86400)
 
 
-def test_pretrain_runs_both_sides_and_tells_their_accuracies(tree, capsys):
+def test_pretrain_runs_both_sides_and_reports_their_accuracies(tree, capsys):
     result = found(capsys, "pretrain", "--data_dir", str(tree), "--epochs", "2", *SMALL)
     plain, ours = result["pretrain"]
-    assert (plain["row"], ours["row"]) == ("plain loader, --no_amp", "ours")
+    assert (plain["row"], ours["row"]) == ("plain_train.py", "ours")
     assert result["images"] == 2 * 8 and plain["cpu_ratio"] == 1
     assert min(plain["cpu_ms"], ours["cpu_ms"]) > 0
     assert {plain["accuracy"], ours["accuracy"]} <= {0, 50, 100}  # of two validation images
@@ -126,42 +167,65 @@ def test_sweep_starts_the_same_runs_on_both_sides(tmp_path, monkeypatch, capsys)
     write_dtd(tmp_path, images_per_class=6, folds=2, size=40, seed=0, num_classes=2)
     started = []
 
-    def run(command, **kwargs):
-        started.append(command[1:])
-        runs = [4] if "run_all.py" in command else [len(started)]
-        for number in runs:
-            cell = Path(command[command.index("--run_dir") + 1]) / f"cell{number}"
-            cell.mkdir(parents=True)
-            (cell / "results.json").write_text(json.dumps({"test_acc": 10 * number}))
-        return subprocess.CompletedProcess(command, 0)
+    def run_python(words):
+        words = list(map(str, words))
+        started.append(words)
+        if "run_all.py" in words:
+            folder = Path(words[words.index("--run_dir") + 1]) / "run"
+            assert (Path(words[words.index("--data_dir") + 1]) / "images/banded").is_dir()
+        else:
+            folder = Path(words[words.index("--out") + 1])
+            tree = Path(words[words.index("--data_dir") + 1])
+            assert [len(list((tree / s).glob("*/*.jpg"))) for s in ("train", "val")] == [4, 4]
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"val_acc": 10 * len(started)}))
 
-    monkeypatch.setattr(end_to_end.subprocess, "run", run)
-    monkeypatch.setattr(end_to_end, "children_cpu", itertools.count(1).__next__)
+    monkeypatch.setattr(end_to_end, "run_python", run_python)
+    clock = iter(range(1, 9))
+    monkeypatch.setattr(end_to_end, "children_cpu_seconds", lambda: next(clock))
     result = found(capsys, "sweep", "--data_dir", str(tmp_path), *SMALL)
     *plain, ours = started
-    assert [command[:3] for command in plain] == 4 * [["-m", "tools.benchmark.plain", "train.py"]]
-    assert all("--no_amp" in command and "--no_cache" in command for command in plain)
+    assert all(words[:2] == ["-m", "tools.benchmark.plain_train"] for words in plain)
     assert {
-        (command[command.index("--model") + 1], command[command.index("--fold") + 1])
-        for command in plain
-    } == {(model, fold) for model in ("resnet18", "twistnet18") for fold in "12"}
-    assert ours[0] == "run_all.py" and "--no_amp" not in ours
-    assert [row["accuracy"] for row in result["sweep"]] == [25, 40]  # the mean of 10, 20, 30, 40
+        (words[words.index("--model") + 1], words[words.index("--data_dir") + 1][-5:])
+        for words in plain
+    } == {(model, fold) for model in ("resnet18", "twistnet18") for fold in ("fold1", "fold2")}
+    assert ours[0] == "run_all.py"
+    assert [row["accuracy"] for row in result["sweep"]] == [25, 50]  # the mean of 10 to 40, and 50
     assert result["images"] == 10 * 4 * 4  # epochs, runs, training images
 
 
-def test_start_ends_at_the_first_step(tmp_path, capsys):
-    write_dtd(tmp_path, images_per_class=6, folds=1, size=40, seed=0, num_classes=2)
-    least, ours = found(capsys, "start", "--data_dir", str(tmp_path), *SMALL)["start"]
-    assert least["wall_ms"] > 0 and ours["wall_ratio"] == pytest.approx(
-        least["wall_ms"] / ours["wall_ms"]
+def test_start_runs_both_scripts_to_their_end(capsys):
+    plain, ours = found(capsys, "start", *SMALL)["start"]
+    assert (plain["row"], ours["row"]) == ("plain_train.py", "train.py")
+    assert plain["wall_ms"] > 0 and ours["wall_ratio"] == pytest.approx(
+        plain["wall_ms"] / ours["wall_ms"]
     )
 
 
-def test_whole_runs_need_images_and_say_what_failed(tree):
+def test_the_plain_script_learns(tmp_path, monkeypatch):
+    """Red and blue images are told apart after a few epochs."""
+    rng = np.random.default_rng(0)
+    for name, channel in (("blue", 2), ("red", 0)):
+        for split, count in (("train", 32), ("val", 8)):
+            Path("tree", split, name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 80, (40, 40, 3), dtype=np.uint8)
+                pixels[:, :, channel] += 150
+                Image.fromarray(pixels).save(f"tree/{split}/{name}/{number}.png")
+    flags = "--epochs 4 --batch_size 8 --img_size 32 --workers 0 --lr 0.02"
+    words = ["plain_train", *flags.split(), "--data_dir", "tree", "--out", "plain"]
+    monkeypatch.setattr("sys.argv", words)
+    plain_train.main()
+    results = json.loads(Path("plain/results.json").read_text())
+    assert results["val_acc"] >= max(90, results["last_val_acc"])
+    assert Path("plain/latest.pt").is_file()
+
+
+def test_whole_runs_need_images_and_report_what_failed(tree):
     with pytest.raises(UserError, match="sweep needs real images: .*--data_dir"):
         benchmark.main(["sweep"])
     broken = next((tree / "val").glob("*/*"))
     broken.write_bytes(b"no image")
-    with pytest.raises(UserError, match=f"{broken.name} cannot be read"):
+    with pytest.raises(UserError, match="plain_train .* failed: .*cannot identify image file"):
         benchmark.main(["pretrain", "--data_dir", str(tree), *SMALL])

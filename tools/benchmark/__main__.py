@@ -1,19 +1,21 @@
-"""Measure the data path and the training step against the plain recipe, side by side in one run.
+"""Measure data loading and training against the plain recipe, side by side in one run.
 
-  python -m tools.benchmark loader --data_dir /path/to/imagenet   CPU time an image of the workers
+  python -m tools.benchmark loader --data_dir /path/to/imagenet   CPU time per image of the workers
   python -m tools.benchmark step                                  one training step, and its memory
-  python -m tools.benchmark joint --cores 32 --gpus 4 --step_rate 3000   which of the two decides
-  python -m tools.benchmark pretrain --data_dir /path/to/imagenet --epochs 3   all of it, end to end
+  python -m tools.benchmark joint --cores 32 --gpus 4 --step_rate 3000   which of the two limits
+  python -m tools.benchmark pretrain --data_dir /path/to/imagenet --epochs 3   whole pretrainings
   python -m tools.benchmark sweep --data_dir data/dtd             two networks on two folds
-  python -m tools.benchmark start --data_dir data/dtd             train.py, up to its first step
+  python -m tools.benchmark start                                 the fixed cost of a run
 
-Rows take turns, so that whatever else the machine does falls on all of them, and medians are shown.
-CPU time is this process's; start it with OMP_NUM_THREADS=1 for figures a core. Without --data_dir
-images are drawn. --step_rate is images/s of one GPU with all the data it wants.
+The plain recipe is tools/benchmark/plain_train.py, what most repositories copy: ImageFolder, Pillow
+transforms, float32, torch.optim. Rows take turns, so that other load on the machine affects all of
+them alike; medians are printed. CPU time is that of this process, or in pretrain, sweep and start
+of the processes started; set OMP_NUM_THREADS=1 for figures per core. loader, step and joint draw
+their own images if no --data_dir is given.
 
-pretrain and sweep start the real scripts, once as they are and once with --no_amp and the data path
-of tools/benchmark/plain.py, pretrain also in NCHW. Times are of all that is started, divided by the
-images trained on.
+step compares the plain recipe's ResNet-18 with ours, and ours with TwistNet-18 in each of its
+implementations: plain, fused, and compiled by torch.compile. --step_rate is images/s of one GPU
+that never waits for data, as step prints it.
 """
 
 import json
@@ -25,13 +27,14 @@ import torch
 from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.processes import usable_cpus
-from tools.benchmark.end_to_end import pretrain, start, sweep
-from tools.benchmark.loader import loader
-from tools.benchmark.step import make_step, step
+from tools.benchmark.end_to_end import measure_pretrain, measure_start, measure_sweep
+from tools.benchmark.loader import measure_loader
+from tools.benchmark.step import make_turn, measure_step, steps_per_turn
 from tools.benchmark.timing import interleaved, print_table
 
 EPOCHS = {"joint": 600, "pretrain": 3, "sweep": 10}
 IMAGENET_TRAIN = 1_281_167
+WHOLE_RUNS = ("pretrain", "sweep")
 
 
 def parse_args(argv: list[str] | None = None):
@@ -42,70 +45,78 @@ def parse_args(argv: list[str] | None = None):
         "--rounds",
         type=at_least(1),
         metavar="N",
-        help="turns of each row; the medians are shown (default: 5, and 1 of pretrain and sweep)",
+        help="turns per row, of which the median is printed (default: 5; pretrain and sweep: 1)",
     )
-    parser.add_argument("--img_size", type=at_least(32), default=224, metavar="PX", help="crop")
     parser.add_argument(
-        "--batch_size", type=at_least(2), default=32, metavar="B", help="images a batch"
+        "--img_size", type=at_least(32), default=224, metavar="PX", help="size of the crop"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=at_least(2),
+        metavar="B",
+        help="images per batch (default: 32; step and joint on a GPU: 256)",
     )
     parser.add_argument(
         "--data_dir",
         type=Path,
         metavar="DIR",
-        help="a tree with train/, for loader and joint also a folder of class "
-        "folders; DTD for sweep and start",
+        help="ImageNet-like tree with train/ and val/; for loader and joint also a folder of class "
+        "folders; for sweep the DTD",
     )
     parser.add_argument(
         "--epochs",
         type=at_least(1),
         metavar="N",
-        help="of pretrain (default: 3) and sweep (10); for joint, of ImageNet's "
+        help="epochs of pretrain (default: 3) and sweep (10); for joint, of ImageNet's "
         "1,281,167 images (600)",
     )
     loader = parser.add_argument_group("loader and joint")
     loader.add_argument(
-        "--images",
-        type=at_least(2),
-        default=128,
-        metavar="N",
-        help="how many of its images are read",
+        "--images", type=at_least(2), default=128, metavar="N", help="number of images to load"
     )
     joint = parser.add_argument_group("joint")
     joint.add_argument(
-        "--cores", type=at_least(1), default=usable_cpus(), metavar="C", help="cores that load"
+        "--cores",
+        type=at_least(1),
+        default=usable_cpus(),
+        metavar="C",
+        help="number of cores that load",
     )
     joint.add_argument(
         "--gpus",
         type=at_least(1),
         default=max(1, torch.cuda.device_count()),
         metavar="G",
-        help="GPUs that train",
+        help="number of GPUs that train",
     )
     joint.add_argument(
         "--step_rate",
         type=at_least(0.001, float),
         metavar="R",
-        help="images/s of a GPU's steps (default: TwistNet-18's here, measured)",
+        help="training images/s of one GPU (default: TwistNet-18's on this machine, measured)",
     )
     args = parser.parse_args(argv)
-    whole_runs = args.what in ("pretrain", "sweep")
-    args.rounds = args.rounds or (1 if whole_runs else 5)
+
+    # defaults that depend on what is measured, and where
+    on_gpu = torch.cuda.is_available() and args.what in ("step", "joint")
+    args.batch_size = args.batch_size or (256 if on_gpu else 32)
+    args.rounds = args.rounds or (1 if args.what in WHOLE_RUNS else 5)
     args.epochs = args.epochs or EPOCHS.get(args.what, 1)
-    if args.what in ("pretrain", "sweep", "start") and not args.data_dir:
-        raise UserError(f"{args.what} needs real images: say where they are with --data_dir")
+    if args.what in WHOLE_RUNS and not args.data_dir:
+        raise UserError(f"{args.what} needs real images: give their folder with --data_dir")
     return args
 
 
-def joint(args) -> dict:
-    found = loader(args)
+def measure_joint(args) -> dict:
+    """What limits a machine, its loader or its training step, and how long ImageNet takes."""
+    found = measure_loader(args)
     rate = args.step_rate
     if rate is None:
-        turn = make_step(
-            "twistnet18", plain=False, batch_size=args.batch_size, img_size=args.img_size
-        )
-        rate = (
-            1e3 / interleaved({"": turn}, rounds=args.rounds, images=args.batch_size)[0]["wall_ms"]
-        )
+        turn = make_turn("twistnet18", "auto", batch_size=args.batch_size, img_size=args.img_size)
+        images = args.batch_size * steps_per_turn()
+        (row,) = interleaved({"": turn}, rounds=args.rounds, images=images)
+        rate = 1e3 / row["wall_ms"]
+
     machine = []
     for row in found["loader"]:
         loads, trains = args.cores * 1e3 / row["cpu_ms"], args.gpus * rate
@@ -120,73 +131,89 @@ def joint(args) -> dict:
                 "days": args.epochs * IMAGENET_TRAIN / reached / 86400,
             }
         )
-    return {
-        **found,
-        "joint": machine,
-        "cores": args.cores,
-        "gpus": args.gpus,
-        "step_rate": rate,
-        "epochs": args.epochs,
-    }
+    settings = {"cores": args.cores, "gpus": args.gpus, "step_rate": rate, "epochs": args.epochs}
+    return {**found, "joint": machine, **settings}
 
 
 SUBCOMMANDS = {
-    "loader": loader,
-    "step": step,
-    "joint": joint,
-    "pretrain": pretrain,
-    "sweep": sweep,
-    "start": start,
+    "loader": measure_loader,
+    "step": measure_step,
+    "joint": measure_joint,
+    "pretrain": measure_pretrain,
+    "sweep": measure_sweep,
+    "start": measure_start,
 }
 
 
-def show(found: dict) -> None:
-    if "loader" in found:
-        sizes = ", ".join(f"{what} {size:.0f} KB" for what, size in found["kb"].items())
-        print_table(
-            f"loader, an image, of {found['images']} images ({sizes} each)", found["loader"]
-        )
-        print_table("what the device does to it, in batches", found["device"])
-    if "step" in found:
-        print_table(
-            f"step, an image, batch {found['batch_size']}, {found['img_size']} px, "
-            f"{found['threads']} threads",
-            found["step"],
-        )
-        for row in found["step"]:
+def print_loader(found: dict) -> None:
+    sizes = ", ".join(f"{what} {size:.0f} KB" for what, size in found["kb"].items())
+    print_table(f"loader, per image, {found['images']} images ({sizes} each)", found["loader"])
+    print_table("the device's part of augmentation, in batches, per image", found["device"])
+
+
+def print_step(found: dict) -> None:
+    print_table(
+        f"step, per image, batch {found['batch_size']}, {found['img_size']} px, "
+        f"{found['threads']} threads",
+        found["step"],
+    )
+    for row in found["step"]:
+        if "peak_mb" in row:
             print(f"peak memory, {row['row']}: {row['peak_mb']:,.0f} MB")
+    for row in found["step"]:
+        if "time_vs_resnet" in row:
+            memory = f", memory {row['memory_vs_resnet']:.3f}" if "memory_vs_resnet" in row else ""
+            print(f"{row['row']} / ours, ResNet-18: time {row['time_vs_resnet']:.3f}{memory}")
+    for row, reason in found["left_out"].items():
+        print(f"left out, {row}: {reason}")
+
+
+def print_whole_runs(what: str, found: dict) -> None:
+    print_table(
+        f"{what}, per training image, {found['images']} of them at {found['img_size']} px",
+        found[what],
+    )
+    for row in found[what]:
+        print(f"validation accuracy, {row['row']}: {row['accuracy']:.1f} %")
+
+
+def print_joint(found: dict) -> None:
+    print(
+        f"\n{found['cores']} cores, {found['gpus']} GPUs at {found['step_rate']:.0f} images/s"
+        f", {found['epochs']} epochs of ImageNet"
+    )
+    for row in found["joint"]:
         print(
-            f"twistnet18 / resnet18: time {found['twistnet_time']:.3f}, memory "
-            f"{found['twistnet_memory']:.3f}"
+            f"{row['row']:32} loads {row['loads']:8.0f}, trains {row['trains']:8.0f} images/s: "
+            f"limited by the {row['bottleneck']}, {row['reached']:.0f} images/s, "
+            f"{row['days']:.1f} days"
         )
+
+
+def show(found: dict) -> None:
+    """Print what a subcommand has found; joint has the loader's tables too."""
+    if "loader" in found:
+        print_loader(found)
+    if "step" in found:
+        print_step(found)
     if "start" in found:
-        print_table("from the command to the first step", found["start"])
-    for what in {"pretrain", "sweep"} & found.keys():
-        print_table(
-            f"{what}, an image trained on, of {found['images']} at {found['img_size']} px",
-            found[what],
-        )
-        for row in found[what]:
-            print(f"accuracy, {row['row']}: {row['accuracy']:.1f} %")
+        print_table("a run of one epoch on a few small images, start to exit", found["start"])
+    for what in WHOLE_RUNS:
+        if what in found:
+            print_whole_runs(what, found)
     if "joint" in found:
-        print(
-            f"\n{found['cores']} cores, {found['gpus']} GPUs at {found['step_rate']:.0f} images/s"
-            f", {found['epochs']} epochs of ImageNet"
-        )
-        for row in found["joint"]:
-            print(
-                f"{row['row']:32} loads {row['loads']:8.0f}, trains {row['trains']:8.0f} "
-                f"images/s: the {row['bottleneck']} decides, {row['reached']:.0f} images/s, "
-                f"{row['days']:.1f} days"
-            )
+        print_joint(found)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError("the benchmark is one process: start it with python, not torchrun")
     found = SUBCOMMANDS[args.what](args)
-    print(json.dumps(found, indent=1)) if args.json else show(found)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
 
 
 if __name__ == "__main__":

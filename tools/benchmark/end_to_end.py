@@ -1,11 +1,7 @@
-"""What whole processes cost: training runs beside the plain recipe's, and the start of one."""
+"""The cost of whole processes: training runs of ours beside plain_train.py."""
 
 import itertools
 import json
-import resource
-import shlex
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,182 +9,163 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json
+from common.processes import usable_cpus
 from data.imagenet import load_imagenet
-from data.splits import SPLITS
+from data.images import ImageFiles
+from data.splits import SPLITS, Splits
+from data.synthetic import write_dtd
 from data.textures import load_splits
+from tools.benchmark.processes import children_cpu_seconds, run_python
 from tools.benchmark.timing import interleaved
+from training.recipes import FINETUNE, PRETRAIN
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-PLAIN = ["-m", "tools.benchmark.plain"]
+PLAIN, OURS = "plain_train.py", "ours"
+FINETUNE_LR = 0.01  # train.py's default
 
 
-def pretrain(args) -> dict:
-    """A pretraining of TwistNet-18 and its validation accuracy."""
+def measure_pretrain(args) -> dict:
+    """A pretraining of TwistNet-18, with its validation accuracy."""
     train, val, _ = load_imagenet(args.data_dir)
-    read_once(train, val)
+    if not isinstance(train, ImageFiles):
+        raise UserError(f"--data_dir {args.data_dir} is packed: the plain recipe needs the tree")
+    read_files(train, val)
+    recipe = PRETRAIN["guide"]
+    shared = [*make_flags(args), "--data_dir", args.data_dir.resolve(), "--model", "twistnet18"]
+    shared += ["--workers", min(8, usable_cpus())]
 
-    def commands(out: Path, seed: int, *, ours: bool):
-        plainly = [] if ours else [*PLAIN, "--nchw"]
-        precision = [] if ours else ["--no_amp"]
-        yield [
-            *plainly,
-            "pretrain_imagenet.py",
-            *flags(args),
-            *precision,
-            "--seed",
-            seed,
-            "--checkpoint_dir",
-            out,
-            "--weights_dir",
-            out,
-        ]
+    def run_plain(out: Path, seed: int) -> list[float]:
+        lr = recipe["lr"] * args.batch_size / recipe["lr_images"]
+        flags = [*plain_flags(recipe), "--lr", lr, "--seed", seed, "--out", out]
+        run_python(["-m", "tools.benchmark.plain_train", *shared, *flags])
+        return [read_json(out / "results.json")["last_val_acc"]]
 
-    def accuracies(out: Path):
-        yield json.loads((out / "log.jsonl").read_text().splitlines()[-1])["val_top1"]
+    def run_ours(out: Path, seed: int) -> list[float]:
+        flags = ["--seed", seed, "--checkpoint_dir", out, "--weights_dir", out]
+        run_python(["pretrain_imagenet.py", *shared, *flags])
+        last_epoch = (out / "log.jsonl").read_text().splitlines()[-1]
+        return [json.loads(last_epoch)["val_top1"]]
 
-    return end_to_end(args, commands, accuracies, images=args.epochs * len(train))
+    sides = {PLAIN: run_plain, OURS: run_ours}
+    return measure(args, "pretrain", sides, images=args.epochs * len(train))
 
 
-def sweep(args) -> dict:
-    """Two networks on two folds of DTD, from scratch: run_all.py, or train.py in a loop."""
+def measure_sweep(args) -> dict:
+    """Two networks on two folds of DTD, from scratch: run_all.py, or the plain script in a loop."""
     models, folds = ("resnet18", "twistnet18"), (1, 2)
-    splits = [load_splits("dtd", args.data_dir, fold) for fold in folds]
-    read_once(*(getattr(part, split) for part in splits for split in SPLITS))
-    images = [len(part.train) for part in splits]
+    splits = {fold: load_splits("dtd", args.data_dir, fold) for fold in folds}
+    read_files(*(getattr(part, split) for part in splits.values() for split in SPLITS))
 
-    def commands(out: Path, seed: int, *, ours: bool):
-        data = out.parent / "data"  # beside it the cache of decoded images is written anew
-        if not data.exists():
-            data.mkdir()
-            for name in ("images", "labels"):
-                (data / name).symlink_to(splits[0].root.resolve() / name)
-        common = [*flags(args), "--data_dir", data, "--pretrained", "none"]
-        if ours:
-            yield [
-                "run_all.py",
-                *common,
-                "--models",
-                ",".join(models),
-                "--folds",
-                "1-2",
-                "--seeds",
-                seed,
-                "--jobs",
-                2,
-                "--run_dir",
-                out,
-            ]
-        else:
-            for model, fold in itertools.product(models, folds):
-                yield [
-                    *PLAIN,
-                    "train.py",
-                    "--no_amp",
-                    "--no_cache",
-                    *common,
-                    "--model",
-                    model,
-                    "--fold",
-                    fold,
-                    "--seed",
-                    seed,
-                    "--run_dir",
-                    out,
-                ]
+    def run_plain(out: Path, seed: int) -> list[float]:
+        accuracies = []
+        shared = [*make_flags(args), *plain_flags(FINETUNE), "--seed", seed, "--lr", FINETUNE_LR]
+        for model, fold in itertools.product(models, folds):
+            tree = link_tree(splits[fold], out / f"fold{fold}")
+            run = out / f"{model}_fold{fold}"
+            words = ["--data_dir", tree, "--out", run, "--model", model]
+            words += ["--workers", min(4, usable_cpus())]
+            run_python(["-m", "tools.benchmark.plain_train", *shared, *words])
+            accuracies.append(read_json(run / "results.json")["val_acc"])
+        return accuracies
 
-    def accuracies(out: Path):
-        return [read_json(path)["test_acc"] for path in out.glob("*/results.json")]
+    def run_ours(out: Path, seed: int) -> list[float]:
+        # links to the data in a new folder, so that the cache of decoded images starts empty
+        data = out / "data"
+        data.mkdir(parents=True)
+        for name in ("images", "labels"):
+            (data / name).symlink_to(splits[1].root.resolve() / name)
+        flags = ["--models", ",".join(models), "--folds", "1-2", "--seeds", seed, "--jobs", 2]
+        flags += ["--pretrained", "none", "--data_dir", data, "--run_dir", out / "runs"]
+        run_python(["run_all.py", *make_flags(args), *flags])
+        return [read_json(path)["val_acc"] for path in (out / "runs").glob("*/results.json")]
 
-    return end_to_end(args, commands, accuracies, images=args.epochs * len(models) * sum(images))
+    images = args.epochs * len(models) * sum(len(part.train) for part in splits.values())
+    return measure(args, "sweep", {PLAIN: run_plain, OURS: run_ours}, images=images)
 
 
-BUILD = """import os, torch, torchvision
-from models import build_model
-build_model("twistnet18", 47)
-os._exit(0)"""  # as BEGIN ends: the end of a process is not part of its start
-BEGIN = """import os, sys, train
-train.Trainer.step = lambda *args, **kwargs: os._exit(0)
-train.main(sys.argv[1:])"""
+def measure_start(args) -> dict:
+    """The fixed cost of a run: one epoch of ResNet-18 on eight small images, from start to exit."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        folder = Path(name)
+        write_dtd(
+            folder / "dtd", images_per_class=6, folds=1, size=args.img_size, seed=0, num_classes=2
+        )
+        splits = load_splits("dtd", folder / "dtd", 1)
+        tree = link_tree(splits, folder / "tree")
+        shared = ["--model", "resnet18", "--epochs", 1, "--batch_size", 2, "--workers", 0]
+        shared += ["--img_size", args.img_size]
+
+        def run_plain(number: int) -> None:
+            words = ["--data_dir", tree, "--out", folder / f"plain-{number}"]
+            run_python(["-m", "tools.benchmark.plain_train", *shared, *words])
+
+        def run_ours(number: int) -> None:
+            words = ["--data_dir", folder / "dtd", "--run_dir", folder / f"ours-{number}"]
+            run_python(["train.py", *shared, "--pretrained", "none", *words])
+
+        table = interleaved(
+            {PLAIN: run_plain, "train.py": run_ours},
+            rounds=args.rounds,
+            images=1,
+            cpu_seconds=children_cpu_seconds,
+        )
+    return {"start": table}
 
 
-def start(args) -> dict:
-    """From the command to the first step of train.py, beside the least that any script must do."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-
-        def begin(number: int) -> None:
-            call(
-                [
-                    "-c",
-                    BEGIN,
-                    *flags(args),
-                    "--pretrained",
-                    "none",
-                    "--workers",
-                    0,
-                    "--run_dir",
-                    Path(folder) / str(number),
-                ]
-            )
-
-        rows = {"torch, torchvision, model": lambda number: call(["-c", BUILD]), "train.py": begin}
-        return {"start": interleaved(rows, rounds=args.rounds, images=1, cpu_seconds=children_cpu)}
-
-
-def flags(args) -> list:
+def make_flags(args) -> list:
+    """The flags that both sides have."""
     return [
-        "--data_dir",
-        args.data_dir.resolve(),
-        "--img_size",
-        args.img_size,
-        "--epochs",
-        args.epochs,
-        "--batch_size",
-        args.batch_size,
+        *("--img_size", args.img_size),
+        *("--epochs", args.epochs),
+        *("--batch_size", args.batch_size),
     ]
 
 
-def read_once(*sources) -> None:
-    """Bring the files into memory, so that the first row does not pay for the others."""
+def plain_flags(recipe: dict) -> list:
+    return ["--min_scale", recipe["crop_scale"][0], "--mixup", recipe["mixup"]]
+
+
+def link_tree(splits: Splits, tree: Path) -> Path:
+    """A tree of links, train/<class>/ and val/<class>/, for ImageFolder."""
+    if tree.exists():
+        return tree
+    for split in ("train", "val"):
+        source = getattr(splits, split)
+        for index, label in enumerate(source.labels.tolist()):
+            path = source.path(index).resolve()
+            folder = tree / split / splits.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{index}{path.suffix}").symlink_to(path)
+    return tree
+
+
+def read_files(*sources) -> None:
+    """Bring the files into the page cache, so that the first row does not pay for the others."""
     for source in sources:
         for index in range(len(source)):
-            with suppress(OSError):  # whoever trains on it has to say so
-                source.read(index)
+            with suppress(OSError):  # the run that uses it will report it
+                source.path(index).read_bytes()
 
 
-def end_to_end(args, commands: Callable, accuracies: Callable, *, images: int) -> dict:
-    """Run both sides' commands with one seed a round; times, and the mean of the accuracies."""
-    scores = {"plain loader, --no_amp": [], "ours": []}
+def measure(args, what: str, sides: dict[str, Callable], *, images: int) -> dict:
+    """Run both sides with one seed per round; their times, and the means of their accuracies."""
+    accuracies = {name: [] for name in sides}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
 
-        def side(name: str):
+        def make_turn(name: str):
             def turn(number: int) -> None:
-                out = Path(folder) / f"{name == 'ours'}-{number}"
-                for command in commands(out, 42 + number, ours=name == "ours"):
-                    call(command)
-                scores[name] += accuracies(out)
+                out = Path(folder) / f"{name}-{number}"
+                accuracies[name].extend(sides[name](out, 42 + number))
 
             return turn
 
         table = interleaved(
-            {name: side(name) for name in scores},
+            {name: make_turn(name) for name in sides},
             rounds=args.rounds,
             warm=0,
             images=images,
-            cpu_seconds=children_cpu,
+            cpu_seconds=children_cpu_seconds,
         )
     for row in table:
-        row["accuracy"] = sum(scores[row["row"]]) / len(scores[row["row"]])
-    return {args.what: table, "images": images, "img_size": args.img_size}
-
-
-def call(command: list) -> None:
-    """Run Python with these arguments at the top of the project; UserError where it fails."""
-    words = list(map(str, command))
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{shlex.join(words)} failed: {' '.join(done.stderr.split())[-1000:]}")
-
-
-def children_cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+        found = accuracies[row["row"]]
+        row["accuracy"] = sum(found) / len(found)
+    return {what: table, "images": images, "img_size": args.img_size}

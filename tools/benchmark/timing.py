@@ -15,12 +15,16 @@ def interleaved(
     warm: int = 1,
     cpu_seconds: Callable[[], float] = lambda: time.process_time(),
 ) -> list[dict]:
-    """Run each row in turn, `rounds` times after a first one (`warm`) that does not count.
+    """Run the rows in turn, `rounds` times, after `warm` turns each that do not count.
 
-    Returns, for each, medians of CPU and wall milliseconds an image, the first row's CPU and wall
-    time divided by its own, as the median over the rounds, and each turn's wall time in seconds.
+    images: how many images a turn processes.  cpu_seconds: the clock of CPU time.
+
+    Returns for each row the medians of CPU and wall milliseconds per image; the first row's CPU
+    and wall times divided by its own, as the median over the rounds; and the wall time in seconds
+    of each turn.
     """
-    measured = {name: [] for name in rows}
+    # run
+    measured = {name: [] for name in rows}  # (CPU, wall) seconds of each turn
     for turn in range(warm + rounds):
         for name, row in rows.items():
             cpu, wall = cpu_seconds(), time.perf_counter()
@@ -30,27 +34,17 @@ def interleaved(
             spent = cpu_seconds() - cpu, time.perf_counter() - wall
             if turn >= warm:
                 measured[name].append(spent)
-    first = next(iter(measured.values()))
+
+    # medians
     table = []
+    first = next(iter(measured.values()))
     for name, turns in measured.items():
-        ratios = [
-            [a / b for a, b in zip(mine, theirs, strict=True)]
-            for mine, theirs in zip(first, turns, strict=True)
-        ]
-        table.append(
-            {
-                "row": name,
-                "walls": [turn[1] for turn in turns],
-                **{
-                    f"{clock}_ms": 1e3 / images * median(turn[i] for turn in turns)
-                    for i, clock in enumerate(("cpu", "wall"))
-                },
-                **{
-                    f"{clock}_ratio": median(ratio[i] for ratio in ratios)
-                    for i, clock in enumerate(("cpu", "wall"))
-                },
-            }
-        )
+        row = {"row": name, "walls": [wall for _, wall in turns]}
+        for i, clock in enumerate(("cpu", "wall")):
+            ratios = [theirs[i] / own[i] for theirs, own in zip(first, turns, strict=True)]
+            row[f"{clock}_ms"] = 1e3 / images * median(turn[i] for turn in turns)
+            row[f"{clock}_ratio"] = median(ratios)
+        table.append(row)
     return table
 
 
