@@ -1,4 +1,4 @@
-"""STCI faster on a CPU: the sums of stci.py, with every trick, in fewer passes over memory.
+"""STCI with every trick: the sums of stci.py in fewer passes over memory.
 
 The plain path walks over the 176 channels some thirty times per step: products, concatenation,
 AIS, GroupNorm, and the backward passes of these. The tricks:
@@ -27,24 +27,32 @@ from torch.func import functional_call
 from models.stci import EPS, HEADS, STCI
 
 
-def is_chosen(stci: STCI, h: Tensor) -> bool:
-    """Whether gated_stci shall replace the formulas of stci.py for the input h.
+def is_chosen(stci: STCI) -> bool:
+    """Whether gated_stci replaces gate * stci(h).
 
-    A GPU moves as many bytes on both paths and launches fewer kernels on the plain one, so "auto"
-    is fused on CPUs alone. torch.compile and torch.export always trace the plain path, and a hook
-    on the module is called on the plain path only.
+    torch.compile and torch.export always trace the formulas of stci.py, and a hook on the module is
+    called with these alone.
     """
     if torch.compiler.is_compiling() or stci._forward_hooks or stci._forward_pre_hooks:
         return False
-    choices = {"plain": False, "fused": True, "auto": h.device.type == "cpu"}
-    return choices[stci.implementation]
+    return {"plain": False, "fused": True, "auto": True}[stci.implementation]
+
+
+def runs_by_hand(stci: STCI, device: torch.device) -> bool:
+    """Whether the products, AIS, GroupNorm and projection are the hand-written ones below."""
+    return stci.second_order and (stci.implementation == "fused" or device.type == "cpu")
 
 
 def gated_stci(gate: Tensor, stci: STCI, h: Tensor) -> Tensor:
-    """gate * stci(h) for a scalar gate: [B, C, H, W] -> [B, C, H, W], channels last."""
+    """gate * stci(h) for a scalar gate: [B, C, H, W] -> [B, C, H, W].
+
+    The gate and the scale are folded in on every device, which saves memory and kernels. The
+    hand-written middle part is for CPUs: a GPU moves as many bytes with it and launches more
+    kernels, so there "auto" runs the formulas.
+    """
     z = F.relu(stci.reduce_bn(stci.reduce(h)))
     t = z if stci.twist is None else twist(z, stci.twist.conv.weight, stci.twist.scale)
-    if stci.second_order:
+    if runs_by_hand(stci, h.device):
         weight = stci.proj.weight.flatten(1)
         out = select_and_project(z, t, ais=stci.ais, norm=stci.norm, weight=weight)
     else:

@@ -11,8 +11,8 @@ looks at them a second time one step along its direction, and multiplies both lo
 
 Source: TwistNet-2D: Learning Second-Order Channel Interactions via Spiral Twisting for Texture
 Recognition (Lian, Xiong, Sun, Ouyang, Zong, Yu, Fu, Rui, Yujun, Chen; 2026). The four heads are
-computed together, as 32 channels in 4 groups of 8. models/fused.py computes the same faster on
-CPUs. It has every trick; this file has none.
+computed together, as 32 channels in 4 groups of 8. models/fused.py computes the same in
+less time or memory. It has every trick; this file has none.
 """
 
 import math
@@ -38,8 +38,8 @@ class STCI(nn.Module):
         second_order: False leaves the products out (f = z / |z|, 32 channels).
     """
 
-    # "plain" runs this file, "fused" models/fused.py; "auto" is fused on CPUs, plain elsewhere.
-    # Set it for all networks (STCI.implementation = "plain") or on one module. See fused.is_chosen.
+    # "plain" runs this file, "fused" every trick of models/fused.py, "auto" those that help on the
+    # device. Set it for all networks (STCI.implementation = "plain") or on one module.
     implementation = "auto"
 
     def __init__(
@@ -83,7 +83,6 @@ class STCI(nn.Module):
 
     def select_and_project(self, f: Tensor) -> Tensor:
         """W_p GroupNorm(f AIS(f)): [B, 176, H, W] -> [B, C, H, W]."""
-        f = f.to(self.proj.weight.dtype)  # a network in half precision has half-precision layers
         if self.ais is not None:
             f = f * self.ais(f.mean((2, 3)))[:, :, None, None]
         return self.proj(self.norm(f))
@@ -100,7 +99,7 @@ class Twist(nn.Module):
             self.conv.weight.copy_(direction_kernels().repeat_interleave(REDUCED, 0)[:, None])
 
     def forward(self, z: Tensor) -> Tensor:  # [B, 32, H, W]
-        return self.scale[:, None, None] * self.conv(z)
+        return self.scale[:, None, None].to(z.dtype) * self.conv(z)
 
 
 class AIS(nn.Module):
@@ -135,9 +134,9 @@ def unit(x: Tensor) -> Tensor:
     about 20 steps, each enough to ruin that step for the whole network.
     """
     x = x.unflatten(1, (HEADS, REDUCED))
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # squares leave the range of float16
-    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)  # [B, 4, 1, H, W]
-    unit = x / norm.clamp_min(EPS)
+    precise = torch.promote_types(x.dtype, torch.float32)  # squares leave the range of float16
+    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=precise)  # [B, 4, 1, H, W]
+    unit = (x / norm.clamp_min(EPS)).to(x.dtype)
     # torch.where's result and gradient take the memory layout of the condition: give it x's.
     is_above = torch.empty_like(x, dtype=torch.bool).copy_(norm > EPS)
     return torch.where(is_above, unit, unit.detach())

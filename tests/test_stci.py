@@ -1,5 +1,7 @@
 """STCI against its formulas, written out head by head, on every path that can run it."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from models import build_model, fused
 from models.stci import STCI, Twist
 from models.twistnet import TwistBlock
 
-PATHS = ["plain", "fused"]
+PATHS = ["plain", "fused", "folded"]  # folded: what "auto" is on a GPU
 VARIANTS = {
     "full": {},
     "no_spiral": {"spiral": False},
@@ -29,10 +31,14 @@ def make_stci(channels=24, dtype=torch.float64, **settings):
 
 
 def run(path, stci, h):
-    """STCI's output by the formulas ("plain") or by models/fused.py ("fused")."""
+    """STCI's output by the formulas ("plain") or by models/fused.py, as on a CPU or a GPU."""
     if path == "plain":
         return stci(h)
-    return fused.gated_stci(torch.ones((), dtype=h.dtype), stci, h)
+    gate = torch.ones((), dtype=h.dtype)
+    if path == "fused":
+        return fused.gated_stci(gate, stci, h)
+    with mock.patch.object(fused, "runs_by_hand", return_value=False):
+        return fused.gated_stci(gate, stci, h)
 
 
 def inputs(dtype=torch.float64, channels=24):
@@ -134,7 +140,7 @@ def gradient_norm_with_one_position_at(value, *, dtype, path):
     return nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["plain", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_position_below_the_floor_does_not_move_the_network(dtype, path):
     usual = gradient_norm_with_one_position_at(0.3, dtype=dtype, path=path)
@@ -284,7 +290,7 @@ def test_a_block_has_the_same_outputs_and_gradients_on_both_paths(variant, train
     torch.manual_seed(0)
     block = TwistBlock(8, 16, stride=2, **VARIANTS[variant]).double().train(training)
     x, found = torch.randn(3, 8, 8, 8, dtype=torch.double), {}
-    for path in PATHS:
+    for path in ("plain", "fused"):
         block.stci.implementation = path
         out = block(x)
         parameters = dict(block.named_parameters())
@@ -293,16 +299,17 @@ def test_a_block_has_the_same_outputs_and_gradients_on_both_paths(variant, train
         torch.testing.assert_close(plain, fast, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_the_fused_path_is_chosen_on_cpus_alone():
-    stci, here, elsewhere = STCI(8), torch.zeros(1), torch.zeros(1, device="meta")
-    assert fused.is_chosen(stci, here) and not fused.is_chosen(stci, elsewhere)
+def test_one_attribute_chooses_the_path():
+    stci, cpu, gpu = STCI(8), torch.device("cpu"), torch.device("cuda")
+    assert stci.implementation == "auto" and fused.is_chosen(stci)
+    assert fused.runs_by_hand(stci, cpu) and not fused.runs_by_hand(stci, gpu)
     stci.implementation = "fused"
-    assert fused.is_chosen(stci, here) and fused.is_chosen(stci, elsewhere)
+    assert fused.is_chosen(stci) and fused.runs_by_hand(stci, gpu)
     stci.implementation = "plain"
-    assert not fused.is_chosen(stci, here)
+    assert not fused.is_chosen(stci)
     stci.implementation = "fast"
     with pytest.raises(KeyError, match="fast"):
-        fused.is_chosen(stci, here)
+        fused.is_chosen(stci)
 
 
 def test_hooks_on_stci_are_called():
