@@ -95,12 +95,11 @@ def test_step_compares_networks_and_implementations_in_time_and_memory(monkeypat
 def test_a_step_uses_the_implementation_that_its_row_names(monkeypatch):
     used = []
 
-    def note(stci, h):
+    def note(stci):
         used.append(stci.implementation)
         return False
 
     monkeypatch.setattr("models.fused.is_chosen", note)
-    monkeypatch.setattr("models.twistnet.is_chosen", note, raising=False)
     for how in ("plain", "fused"):
         step.make_turn("twistnet18", how, batch_size=2, img_size=32)(0)
         assert set(used) == {how}
