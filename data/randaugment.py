@@ -133,6 +133,7 @@ class RandAugment:
         pixel = torch.stack(moved).unsqueeze(2) - 1  # 10 × HW × 1
         source = (3 * pixel + torch.arange(3)).flatten(1)  # 10 × HWC
         return Tables(
+            ramp=ramp.flatten().to(device),
             values=torch.stack(values).repeat(1, 3).to(device),
             offsets=(256 * torch.arange(3)).repeat(size[1]).to(device),
             source=source.clamp(min=0).to(device),
@@ -154,6 +155,7 @@ class RandAugment:
 class Tables:
     """What the operations of LOOKUPS and MOVES do, for one image size; a row per choice."""
 
+    ramp: Tensor  # uint8, 256: every value
     values: Tensor  # uint8, 5 × 768: what becomes of each value of each channel
     offsets: Tensor  # int64, 3W: 0, 256, 512, 0, …: where a channel's values start in `values`
     source: Tensor  # int64, 10 × HWC: where each position's value comes from
@@ -200,23 +202,23 @@ def look_up(batch: SortedBatch, tables: Tables) -> None:
         return
     values = tables.values.index_select(0, batch.table_row[group])  # n × 768
     if auto.stop > auto.start:
-        values[auto.start - group.start :] = stretch_contrast(batch.images[auto])
+        stretch_contrast(batch.images[auto], tables.ramp, values[auto.start - group.start :])
     index = images.flatten(2).long().add_(tables.offsets).flatten(1)
     torch.gather(values, 1, index, out=images.flatten(1))
 
 
-def stretch_contrast(images: Tensor) -> Tensor:
-    """AutoContrast as a table: uint8, n × H × W × 3 to n × 768, by torchvision's formula.
+def stretch_contrast(images: Tensor, ramp: Tensor, table: Tensor) -> None:
+    """AutoContrast of images, uint8, n × H × W × 3, as a table, n × 768, by torchvision's formula.
 
-    The formula is applied to the 256 values that there are, not to the pixels.
+    The formula is applied to the 256 values of `ramp`, not to the pixels. What it gives for values
+    that are not in the image does not matter.
     """
     low, high = images.flatten(2).aminmax(dim=1)  # n × 3W
     low = low.unflatten(1, (-1, 3)).amin(1).unsqueeze(2)  # n × 3 × 1
     high = high.unflatten(1, (-1, 3)).amax(1).unsqueeze(2)
-    ramp = torch.arange(256, dtype=torch.uint8, device=images.device)
     scale = (high - low).mul(1.0 / 255)
-    stretched = ramp.float().sub(low).div_(scale).clamp_(0, 255).to(torch.uint8)
-    return torch.where(high == low, ramp, stretched).flatten(1)
+    stretched = (ramp - low).div(scale).clamp_(0, 255).to(torch.uint8)
+    torch.where(high == low, ramp, stretched, out=table.unflatten(1, (3, 256)))
 
 
 def move(batch: SortedBatch, tables: Tables) -> None:
