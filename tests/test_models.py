@@ -21,12 +21,12 @@ COUNTS = {
 }
 
 
-def test_the_names_are_the_six():
+def test_there_are_six_networks():
     assert list(MODELS) == list(COUNTS)
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_parameters_are_counted(name):
+def test_parameter_counts_match_the_documented_ones(name):
     with torch.device("meta"):
         counts = tuple(
             sum(p.numel() for p in build_model(name, classes).parameters())
@@ -44,12 +44,12 @@ def test_every_parameter_gets_a_gradient(name):
     nn.functional.cross_entropy(logits, torch.tensor([1, 6])).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-        # norm.bias is a shift that the batch norm behind it takes out again
+        # BatchNorm removes the shift that GroupNorm's bias adds, so its gradient is 0.
         assert parameter.grad.abs().max() > 0 or key.endswith("norm.bias"), key
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_no_classes_gives_the_pooled_features(name):
+def test_a_network_without_classes_returns_the_pooled_features(name):
     torch.manual_seed(0)
     model = build_model(name, 0).eval()
     images = torch.randn(2, 3, 64, 96)
@@ -70,7 +70,7 @@ def test_resnet18_gives_torchvisions_logits_bit_for_bit():
         assert torch.equal(ours(images), theirs(images))
 
 
-def test_twistnet_shares_its_early_names_with_resnet():
+def test_twistnet_has_all_tensors_of_resnet_under_the_same_names():
     plain = {k: v.shape for k, v in torchvision.models.resnet18().state_dict().items()}
     twist = {k: v.shape for k, v in MODELS["twistnet18"](1000).state_dict().items()}
     assert {k for k in plain if twist.get(k) != plain[k]} == set()
@@ -80,7 +80,7 @@ def test_twistnet_shares_its_early_names_with_resnet():
     assert blocks == ["layer3.0", "layer3.1", "layer4.0", "layer4.1"]
 
 
-def test_the_gate_weighs_the_interaction():
+def test_the_gate_multiplies_the_interaction():
     torch.manual_seed(0)
     block = TwistBlock(8, 8).double().eval()
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_the_gate_weighs_the_interaction():
         torch.testing.assert_close(block(x), torch.relu(rest))
 
 
-def test_a_block_trains_under_compile_as_it_does_without():
+def test_a_compiled_block_trains_like_an_uncompiled_one():
     torch._dynamo.reset()
     torch.manual_seed(0)
     block = TwistBlock(8, 16, stride=2).double()
@@ -106,12 +106,12 @@ def test_a_block_trains_under_compile_as_it_does_without():
     want.square().sum().backward()
     for (name, a), b in zip(block.named_parameters(), copy.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-7, atol=1e-9, msg=name)
-    for a, b in zip(block.buffers(), copy.buffers(), strict=True):  # the running statistics moved
+    for a, b in zip(block.buffers(), copy.buffers(), strict=True):  # running statistics are updated
         torch.testing.assert_close(a, b)
     assert block.stci.proj_bn.num_batches_tracked == 1
 
 
-def test_se_stands_after_the_second_norm():
+def test_squeeze_and_excitation_comes_after_the_second_batchnorm():
     torch.manual_seed(0)
     block = MODELS["seresnet18"](3).layer2[1].eval()
     assert [block.se.fc1.out_channels, block.se.fc1.in_channels] == [8, 128]
@@ -144,7 +144,7 @@ def test_twistnet_trains_under_ddp_autocast_and_channels_last(tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_an_unknown_name_lists_the_names():
+def test_an_unknown_name_is_an_error_that_lists_the_names():
     with pytest.raises(UserError) as error:
         build_model("resnet50", 10)
     assert all(name in str(error.value) for name in COUNTS)

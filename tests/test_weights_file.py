@@ -176,7 +176,7 @@ def test_a_torn_safetensors_file_is_damaged():
     assert "is damaged" in error_of("y.safetensors")
 
 
-# ---------------------------------------------------------------- what is no file of weights
+# ---------------------------------------------------------------- what is not a file of weights
 
 
 @pytest.mark.parametrize(
