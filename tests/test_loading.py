@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from data.images import EvalSet, ImageFiles, TrainSet
-from data.loading import eval_batches, train_steps
+from data.loading import EvalLoader, TrainLoader
 from data.sampling import StepSampler
 from data.transforms import EvalTransform, TrainTransform
 
@@ -24,18 +24,12 @@ def source(tmp_path):
 
 def steps(source, *, first=0, last=5, workers=0, rank=0, world=1, micro_batches=2):
     sampler = StepSampler(
-        len(source), seed=1, micro_batch=2, micro_batches=micro_batches, rank=rank, world=world
+        len(source), seed=1, micro_batch=2, micro_batches=micro_batches, rank=rank, world_size=world
     )
-    return list(
-        train_steps(
-            TrainSet(source, TrainTransform(16), 1),
-            sampler,
-            first=first,
-            last=last,
-            workers=workers,
-            pin_memory=False,
-        )
-    )
+    loader = TrainLoader(TrainSet(source, TrainTransform(16), 1), sampler, workers=workers)
+    assert loader.steps_per_epoch == sampler.steps_per_epoch
+    assert loader.file_name(3) == source.file_name(3)
+    return list(loader.steps(first, last))
 
 
 def equal(a, b):
@@ -78,7 +72,7 @@ def test_a_resumed_run_sees_the_tail_and_not_the_first_epoch_again(source):
     assert steps(source, first=6, last=6) == []
 
 
-def test_ranks_share_out_the_micro_batches_of_one(source):
+def test_ranks_share_the_micro_batches_of_one(source):
     alone = steps(source)
     for rank in (0, 1):
         theirs = steps(source, rank=rank, world=2)
@@ -86,51 +80,44 @@ def test_ranks_share_out_the_micro_batches_of_one(source):
 
 
 def evaluated(source, world, *, batch_size=4, workers=0):
-    """By rank the batches, each as a list of indices; and the rounds that every rank was told."""
-    ranks, rounds = [], set()
+    """By rank the batches, each as a list of indices."""
+    ranks = []
     for rank in range(world):
-        loader, most = eval_batches(
-            EvalSet(source, EvalTransform(16)),
-            batch_size=batch_size,
-            workers=workers,
-            pin_memory=False,
-            rank=rank,
-            world=world,
+        dataset = EvalSet(source, EvalTransform(16))
+        loader = EvalLoader(
+            dataset, batch_size=batch_size, workers=workers, rank=rank, world_size=world
         )
+        assert loader.dataset is dataset and loader.file_name(2) == source.file_name(2)
         ranks.append([batch.index.tolist() for batch in loader])
-        rounds.add(most)
-    return ranks, rounds
+    return ranks
 
 
 @pytest.mark.parametrize(
-    ("world", "batch_size", "expected", "rounds"),
+    ("world", "batch_size", "expected"),
     [
-        (1, 4, [[4, 4, 3]], 3),
-        (2, 4, [[4, 3], [4]], 2),
-        (3, 4, [[4], [4], [3]], 1),
-        (2, 32, [[11], []], 1),  # smaller than one batch: one rank has nothing
-        (4, 4, [[4], [4], [3], []], 1),
-        (2, 1, [[1] * 6, [1] * 5], 6),
+        (1, 4, [[4, 4, 3]]),
+        (2, 4, [[4, 3], [4]]),
+        (3, 4, [[4], [4], [3]]),
+        (2, 32, [[11], []]),  # smaller than one batch: one rank has nothing
+        (4, 4, [[4], [4], [3], []]),
+        (2, 1, [[1] * 6, [1] * 5]),
     ],
 )
-def test_every_image_is_evaluated_exactly_once(source, world, batch_size, expected, rounds):
-    ranks, told = evaluated(source, world, batch_size=batch_size)
+def test_every_image_is_evaluated_exactly_once(source, world, batch_size, expected):
+    ranks = evaluated(source, world, batch_size=batch_size)
     assert [[len(batch) for batch in rank] for rank in ranks] == expected
-    assert told == {rounds} == {max(len(rank) for rank in ranks)}
     assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(11))
 
 
 def test_an_image_is_in_the_same_batch_on_any_number_of_ranks(source):
     def cut(world):
-        return {tuple(batch) for rank in evaluated(source, world)[0] for batch in rank}
+        return {tuple(batch) for rank in evaluated(source, world) for batch in rank}
 
     assert cut(1) == cut(2) == cut(3)
 
 
-def test_evaluation_can_be_walked_again_with_workers_that_stay(source):
-    loader, _ = eval_batches(
-        EvalSet(source, EvalTransform(16)), batch_size=4, workers=1, pin_memory=False
-    )
+def test_an_evaluation_can_be_repeated_with_workers_that_stay(source):
+    loader = EvalLoader(EvalSet(source, EvalTransform(16)), batch_size=4, workers=1)
     first, second = list(loader), list(loader)
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.cat([b.broken for b in first]).nonzero().flatten().tolist() == [3]

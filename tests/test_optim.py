@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from training.optim import lr_at, make_sgd, warmup_steps
+from training.optim import count_warmup_steps, lr_at, make_optimizer, make_sgd
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_lr_of_short_runs(total, warmup, rates):
     assert found == pytest.approx(rates, abs=1e-12)
 
 
-def test_lr_falls_without_a_break_after_the_warm_up_and_ends_near_zero():
+def test_lr_falls_continuously_after_the_warm_up_and_ends_near_zero():
     rates = [lr_at(s, base=0.4, total_steps=600, warmup_steps=50) for s in range(600)]
     assert rates[:50] == sorted(rates[:50]) and rates[50:] == sorted(rates[50:], reverse=True)
     assert max(rates) == rates[49] == rates[50] == 0.4
@@ -63,7 +63,7 @@ def test_lr_falls_without_a_break_after_the_warm_up_and_ends_near_zero():
     ],
 )
 def test_warm_up_is_shorter_than_the_run(epochs, per_epoch, total, expected):
-    assert warmup_steps(epochs, steps_per_epoch=per_epoch, total_steps=total) == expected
+    assert count_warmup_steps(epochs, steps_per_epoch=per_epoch, total_steps=total) == expected
 
 
 @pytest.mark.parametrize("name", ["twistnet18", "seresnet18"])
@@ -84,6 +84,22 @@ def test_only_weights_of_convolutions_and_linear_layers_decay(name):
         assert last == {"weight", "bias", "gate", "scale"}
     else:
         assert last == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"momentum": 0.7, "nesterov": False}, {"momentum": 0.7, "nesterov": False}),
+        ({"momentum": 0.8, "nesterov": True}, {"momentum": 0.8, "nesterov": True}),
+        ({"optimizer": "sgd"}, {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_the_optimizer_is_built_from_what_a_recipe_records(values, expected):
+    optimizer = make_optimizer({"weight_decay": 0.25, **values}, nn.Linear(2, 2), lr=0.1)
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.25, 0.0)
+    for group in (decayed, others):
+        assert {name: group[name] for name in expected} == expected
 
 
 def test_it_is_sgd_with_nesterov_momentum_of_09():

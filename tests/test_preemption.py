@@ -1,4 +1,4 @@
-"""training/preemption.py: signals become a request, and orphans notice that they are."""
+"""training/preemption.py: signals become a request, and so does the death of the launcher."""
 
 import os
 import signal
@@ -18,12 +18,35 @@ def no_launcher(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_each_signal_is_a_request_that_names_it(name):
     stop = StopRequest()
-    assert not stop and stop.reason == ""
+    assert not stop.requested and stop.reason == ""
     os.kill(os.getpid(), getattr(signal, name))
-    assert stop and stop.reason == name
+    assert stop.requested and stop.reason == name
+
+
+@pytest.mark.parametrize(
+    ("under_torchrun", "inherited", "requested"),
+    [
+        (False, signal.SIG_IGN, False),  # nohup python pretrain_imagenet.py
+        (False, signal.SIG_DFL, True),
+        (True, signal.SIG_DFL, True),
+        (True, signal.SIG_IGN, True),  # nohup torchrun: torchrun passes it on all the same
+    ],
+)
+def test_nohup_keeps_sighup_ignored_without_torchrun(
+    monkeypatch, under_torchrun, inherited, requested
+):
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setattr(StopRequest, "_watch", lambda self, parent: None)
+    signal.signal(signal.SIGHUP, inherited)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.requested is requested
+    os.kill(os.getpid(), signal.SIGTERM)  # nohup is for SIGHUP only
+    assert stop.requested
 
 
 def test_loader_workers_ignore_them():
@@ -38,7 +61,7 @@ def test_a_run_that_a_shell_started_outlives_it(monkeypatch):
     threads = threading.active_count()
     StopRequest()
     monkeypatch.setenv("TWISTNET_LAUNCHER", str(os.getpid()))  # alive, and not the parent
-    assert not StopRequest()
+    assert not StopRequest().requested
     assert threading.active_count() == threads
 
 
@@ -60,10 +83,10 @@ def test_a_process_whose_launcher_died_asks_to_stop_and_ends_itself(monkeypatch)
         os.environ["TWISTNET_LAUNCHER"] = str(os.getppid())
         stop = StopRequest()
         os.write(writing, b"started\n")
-        while not stop:
+        while not stop.requested:
             time.sleep(0.01)
         os.write(writing, stop.reason.encode())
-        time.sleep(30)  # as in a collective that waits for ranks that are gone
+        time.sleep(30)  # as in a collective that waits for ranks that have died
         os.write(writing, b"still here")
 
     def launcher():
@@ -89,7 +112,7 @@ def test_torchruns_processes_are_watched_too(monkeypatch):
     assert watched == [os.getppid()]
 
 
-def test_a_launcher_that_died_before_the_run_had_started_counts_too(monkeypatch):
+def test_a_launcher_that_died_before_the_run_started_counts_too(monkeypatch):
     """Importing torch takes seconds, in which a sweep can be killed."""
     process = fork(lambda: None)
     os.waitpid(process, 0)
@@ -97,6 +120,6 @@ def test_a_launcher_that_died_before_the_run_had_started_counts_too(monkeypatch)
     monkeypatch.setenv("TWISTNET_LAUNCHER", str(process))
     stop = StopRequest()
     deadline = time.monotonic() + 2
-    while not stop and time.monotonic() < deadline:
+    while not stop.requested and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert stop
+    assert stop.requested

@@ -1,4 +1,4 @@
-"""training/record.py: the lock, the log, the events, and what made a run."""
+"""training/run_dir.py: the lock, the log, the events, how a run ended, and what made it."""
 
 import errno
 import fcntl
@@ -10,11 +10,11 @@ import subprocess
 
 import pytest
 
-from common.errors import UserError
+from common.errors import Busy, Diverged, Preempted, UserError
 from common.files import read_json, sha256, write_json
-from training import record
+from training import run_dir
 from training.checkpoint import BEST, LATEST, PREVIOUS
-from training.run_dir import Folder, provenance
+from training.run_dir import RunDir, provenance
 
 
 def child(work):
@@ -43,23 +43,23 @@ def kill(process):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(record.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(run_dir.time, "sleep", lambda seconds: None)
 
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     folder = tmp_path / "deep" / "run"
-    holder = child(Folder(folder).lock)
+    holder = child(RunDir(folder).lock)
     try:
-        with pytest.raises(UserError, match=r"deep/run is in use by another running process"):
-            Folder(folder).lock()
+        with pytest.raises(Busy, match=r"deep/run is in use by another running process"):
+            RunDir(folder).lock()
     finally:
         kill(holder)
-    Folder(folder).lock()
+    RunDir(folder).lock()
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     def hold_and_fork():
-        folder = Folder(tmp_path)
+        folder = RunDir(tmp_path)
         folder.lock()
         worker = child(lambda: None)
         (tmp_path / "worker").write_text(str(worker))
@@ -70,22 +70,22 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     os.waitpid(holder, 0)
     try:
         os.kill(worker, 0)  # still there
-        Folder(tmp_path).lock()
+        RunDir(tmp_path).lock()
     finally:
         os.kill(worker, signal.SIGKILL)
 
 
-def test_nothing_to_lock_with_or_to_write_to_is_one_line(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_locked_or_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file cannot be written"):
-        Folder(tmp_path / "file").lock()
+        RunDir(tmp_path / "file").lock()
 
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     with pytest.raises(UserError, match="file system without locks .*No locks available"):
-        Folder(tmp_path / "run").lock()
+        RunDir(tmp_path / "run").lock()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,8 @@ def test_nothing_to_lock_with_or_to_write_to_is_one_line(tmp_path, monkeypatch):
         (LATEST, "", True),
         (BEST, "", True),
         (PREVIOUS, "", True),
+        ("config.json", "{}", True),
+        ("results.json", "{}", True),
         ("log.jsonl", '{"epoch": 1}\n', True),
         ("log.jsonl", "\n", False),
         ("events.jsonl", "{}\n", False),
@@ -104,33 +106,35 @@ def test_nothing_to_lock_with_or_to_write_to_is_one_line(tmp_path, monkeypatch):
 def test_what_counts_as_a_run(tmp_path, name, content, expected):
     if name:
         (tmp_path / name).write_text(content)
-    assert Folder(tmp_path).holds_run() is expected
-    assert Folder(tmp_path / "nowhere").holds_run() is False
+    assert RunDir(tmp_path).contains_run() is expected
+    assert RunDir(tmp_path / "nowhere").contains_run() is False
 
 
-def test_set_aside_moves_a_runs_files_and_keeps_the_lock(tmp_path):
-    folder = Folder(tmp_path / "run")
+def test_archive_moves_a_runs_files_and_keeps_the_lock(tmp_path, capsys):
+    folder = RunDir(tmp_path / "run")
     folder.lock()
     for name in (LATEST, "log.jsonl", "config.json"):
         (folder.path / name).write_text(name)
     (folder.path / "kept").mkdir()
-    target = folder.set_aside(tmp_path / "old" / "run-1")
+    folder.archive(tmp_path / "old" / "run-1")
+    (target,) = (tmp_path / "old").iterdir()
+    assert str(target) in capsys.readouterr().out
     assert target.parent == tmp_path / "old" and target.name.startswith("run-1-2")
     assert sorted(os.listdir(target)) == sorted([LATEST, "log.jsonl", "config.json"])
     assert (target / LATEST).read_text() == LATEST
     assert sorted(os.listdir(folder.path)) == [".lock", "kept"]
-    assert not folder.holds_run()
+    assert not folder.contains_run()
     waiting = child(lambda: refused(folder.path))
     kill(waiting)
 
 
 def refused(path):
     with pytest.raises(UserError):
-        Folder(path).lock()
+        RunDir(path).lock()
 
 
 def test_the_log_is_rewritten_whole(tmp_path):
-    folder = Folder(tmp_path)
+    folder = RunDir(tmp_path)
     folder.write_log([{"epoch": 1, "lr": 0.1}, {"epoch": 2, "lr": 0.05}])
     folder.write_log([{"epoch": 1, "lr": 0.1}])
     assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1, "lr": 0.1}\n'
@@ -139,18 +143,85 @@ def test_the_log_is_rewritten_whole(tmp_path):
 
 
 def test_events_are_appended_with_their_time(tmp_path):
-    folder = Folder(tmp_path)
-    folder.event("unreadable_image", file="a b\n.jpg", epoch=3)
-    folder.event("other")
+    folder = RunDir(tmp_path)
+    folder.log_event("unreadable_image", file="a b\n.jpg", epoch=3)
+    folder.log_event("other")
     first, second = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
     assert (first["event"], first["file"], first["epoch"]) == ("unreadable_image", "a b\n.jpg", 3)
     assert second["event"] == "other" and first["time"][:2] == "20"
 
 
+def test_a_log_or_status_that_cannot_be_written_is_only_a_warning(tmp_path, capsys):
+    folder = RunDir(tmp_path / "gone")
+    folder.write_log([])
+    folder.log_event("other")
+    folder.write_status("running")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["warning:"] * 3
+    assert all("could not be written (No such file or directory)" in line for line in lines)
+
+
+def kinds_of_events(folder):
+    path = folder / "events.jsonl"
+    return [json.loads(line)["event"] for line in path.read_text().splitlines()]
+
+
+def test_a_run_that_was_killed_is_recognised_by_the_next_start(tmp_path):
+    def train():
+        folder = RunDir(tmp_path)
+        folder.lock()
+        folder.write_status("running")
+
+    kill(child(train))
+    assert read_json(tmp_path / "status.json")["state"] == "running"
+    for _ in range(2):  # it is told once
+        RunDir(tmp_path).lock()
+        assert kinds_of_events(tmp_path) == ["killed"]
+        assert read_json(tmp_path / "status.json")["state"] == "killed"
+
+
+def test_a_run_that_said_how_it_ended_was_not_killed(tmp_path):
+    RunDir(tmp_path).write_status("finished")
+    RunDir(tmp_path).lock()
+    assert not (tmp_path / "events.jsonl").exists()
+    assert read_json(tmp_path / "status.json")["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("two\n lines"), "two lines"),
+        (RuntimeError("CUDA out of memory"), "CUDA out of memory"),
+        (OSError(28, "No space left on device", "x"), "[Errno 28] No space left on device: 'x'"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (SystemExit(3), "3"),
+    ],
+)
+def test_every_error_is_in_status_json(tmp_path, error, message):
+    with pytest.raises(type(error)), RunDir(tmp_path).recording_failure():
+        raise error
+    assert read_json(tmp_path / "status.json") == {"state": "failed", "message": message}
+
+
+@pytest.mark.parametrize("error", [Preempted("x"), Diverged("x")])
+def test_the_loop_has_recorded_stops_and_divergence_itself(tmp_path, error):
+    folder = RunDir(tmp_path)
+    folder.write_status("preempted", step=3)
+    with pytest.raises(type(error)), folder.recording_failure():
+        raise error
+    assert read_json(tmp_path / "status.json") == {"state": "preempted", "step": 3}
+
+
+def test_only_rank_0_records_a_failure(tmp_path):
+    with pytest.raises(UserError), RunDir(tmp_path).recording_failure(active=False):
+        raise UserError("x")
+    assert not (tmp_path / "status.json").exists()
+
+
 def test_status_is_replaced(tmp_path):
-    folder = Folder(tmp_path)
-    folder.status("running")
-    folder.status("preempted", epoch=12, step=803)
+    folder = RunDir(tmp_path)
+    folder.write_status("running")
+    folder.write_status("preempted", epoch=12, step=803)
     assert read_json(tmp_path / "status.json") == {"state": "preempted", "epoch": 12, "step": 803}
 
 
@@ -203,10 +274,10 @@ def git(root, *words):
 
 
 def test_the_commit_is_the_checkouts_own(tmp_path, monkeypatch):
-    module = tmp_path / "training" / "record.py"
+    module = tmp_path / "training" / "run_dir.py"
     module.parent.mkdir()
     module.touch()
-    monkeypatch.setattr(record, "__file__", str(module))
+    monkeypatch.setattr(run_dir, "__file__", str(module))
     assert provenance()["commit"] is None  # a copy without git, perhaps inside another checkout
     git(tmp_path, "init", "-q")
     assert provenance()["commit"] is None  # nothing committed yet

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.sampling import StepSampler, key_seed, seeded
+from common.errors import UserError
+from data.sampling import StepSampler, check_batch_norm, key_seed, seeded
 
 
 def batches(sampler, first=None, last=None):
@@ -18,7 +19,7 @@ def global_steps(world, *, images=23, micro_batches=4, steps=10):
     ranks = []
     for rank in range(world):
         sampler = StepSampler(
-            images, seed=5, micro_batch=2, micro_batches=micro_batches, rank=rank, world=world
+            images, seed=5, micro_batch=2, micro_batches=micro_batches, rank=rank, world_size=world
         )
         share = micro_batches // world
         mine = batches(sampler, 0, steps)
@@ -32,7 +33,7 @@ def global_steps(world, *, images=23, micro_batches=4, steps=10):
 @pytest.mark.parametrize(
     ("images", "micro", "micros", "expected"),
     [
-        # micro-batch, global batch and steps an epoch, worked by hand
+        # micro-batch, global batch and steps per epoch, worked out by hand
         (10, 4, 1, (4, 4, 2)),
         (10, 4, 2, (4, 8, 1)),
         (8, 4, 2, (4, 8, 1)),
@@ -65,7 +66,7 @@ def test_each_epoch_is_a_permutation_of_its_own():
     assert sampler.order(0).tolist() != other.order(0).tolist()
 
 
-def test_what_does_not_fill_a_step_is_another_rest_in_each_epoch():
+def test_images_that_do_not_fill_a_step_differ_from_epoch_to_epoch():
     sampler = StepSampler(5, seed=0, micro_batch=4, micro_batches=1)
     left = [set(range(5)) - {i for _, i in batch} for batch in batches(sampler, 0, 40)]
     assert all(len(rest) == 1 for rest in left) and set.union(*left) == set(range(5))
@@ -79,9 +80,9 @@ def test_a_global_step_is_the_same_on_1_2_and_4_ranks():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_resumed_at_any_step_it_goes_on_with_the_tail(rank):
+def test_resumed_at_any_step_it_continues_with_the_tail(rank):
     def make():
-        return StepSampler(11, seed=1, micro_batch=1, micro_batches=4, rank=rank, world=2)
+        return StepSampler(11, seed=1, micro_batch=1, micro_batches=4, rank=rank, world_size=2)
 
     whole = batches(make(), 0, 7)
     assert len(whole) == 14
@@ -90,8 +91,8 @@ def test_resumed_at_any_step_it_goes_on_with_the_tail(rank):
 
 
 def test_counts_that_do_not_divide_or_fill_are_refused():
-    with pytest.raises(ValueError, match="4 micro-batches a step cannot be shared by 3"):
-        StepSampler(100, seed=0, micro_batch=2, micro_batches=4, rank=0, world=3)
+    with pytest.raises(ValueError, match="4 micro-batches per step do not divide by 3"):
+        StepSampler(100, seed=0, micro_batch=2, micro_batches=4, rank=0, world_size=3)
     with pytest.raises(ValueError, match="3 images cannot fill 4"):
         StepSampler(3, seed=0, micro_batch=2, micro_batches=4)
 
@@ -149,7 +150,7 @@ def test_repeats_are_not_side_by_side_and_are_shared_alike(micro_batches):
                 repeats=3,
                 rank=rank,
                 micro_batches=micro_batches,
-                world=world,
+                world_size=world,
             )
         )
 
@@ -158,3 +159,23 @@ def test_repeats_are_not_side_by_side_and_are_shared_alike(micro_batches):
         assert all(a[1] != b[1] for a, b in zip(micro, micro[1:] + micro[:1], strict=True))
     if micro_batches > 1:
         assert alone[::2] == keys(0, 2) and alone[1::2] == keys(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "img_size", "advice"),
+    [
+        (8, 1, 32, "use --batch_size 2 or more"),
+        (1, 8, 32, "the training set has 1 images, .*: add images, or use an --img_size above 32"),
+        (8, 2, 32, None),
+        (8, 1, 33, None),
+        (1, 8, 64, None),
+    ],
+)
+def test_batch_norm_of_one_value_is_refused_with_advice_that_helps(
+    num_images, batch_size, img_size, advice
+):
+    sampler = StepSampler(num_images, seed=0, micro_batch=batch_size, micro_batches=1)
+    if advice is None:
+        return check_batch_norm(sampler, batch_size, img_size)
+    with pytest.raises(UserError, match=advice):
+        check_batch_norm(sampler, batch_size, img_size)

@@ -1,4 +1,4 @@
-"""training/board.py: TensorBoard shows each epoch of the log once, after a resume too."""
+"""training/tensorboard.py: TensorBoard shows each epoch of the log once, after a resume too."""
 
 import sys
 
@@ -8,7 +8,7 @@ import pretrain_imagenet
 import train
 from common.errors import UserError
 from data.synthetic import write_dtd, write_imagenet_tree
-from training.tensorboard import Board
+from training.tensorboard import TensorBoardLogger
 
 ROWS = [
     {"epoch": 1, "lr": 0.5, "val_top1": 20.0, "gates": [0.25, 0.125]},
@@ -28,13 +28,13 @@ def shown(folder):
     }
 
 
-def test_rows_are_scalars_by_epoch_and_a_resume_shows_none_twice(tmp_path):
+def test_rows_are_scalars_by_epoch_and_a_resume_repeats_none(tmp_path):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     (tmp_path / "log.jsonl").write_text("stays")
-    board = Board(tmp_path)
-    board([])
-    board(ROWS[:1])
-    board(ROWS)
+    logger = TensorBoardLogger(tmp_path)
+    logger([])
+    logger(ROWS[:1])
+    logger(ROWS)
     expected = {
         "lr": [(1, 0.5), (2, 0.25)],
         "val_top1": [(1, 20.0), (2, 30.0)],
@@ -42,25 +42,20 @@ def test_rows_are_scalars_by_epoch_and_a_resume_shows_none_twice(tmp_path):
         "gates/1": [(1, 0.125), (2, 0.75)],
     }
     assert shown(tmp_path) == expected
-    resumed = Board(tmp_path)
+    resumed = TensorBoardLogger(tmp_path)
     resumed(ROWS[:1])
     resumed(ROWS)
     assert shown(tmp_path) == expected
     assert (tmp_path / "log.jsonl").exists()
 
 
-def test_one_that_is_not_wanted_does_nothing(tmp_path):
-    Board(tmp_path, wanted=False)(ROWS)
-    assert not list(tmp_path.iterdir())
-
-
 def test_without_tensorboard_it_is_said_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="--tensorboard: .*pip install tensorboard"):
-        Board(tmp_path)
+    with pytest.raises(UserError, match="--tensorboard.*: pip install tensorboard"):
+        TensorBoardLogger(tmp_path)
 
 
-def test_both_scripts_write_one_beside_their_log(tmp_path, monkeypatch):
+def test_both_scripts_write_an_event_file_beside_their_log(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.chdir(tmp_path)
@@ -85,5 +80,12 @@ def test_both_scripts_write_one_beside_their_log(tmp_path, monkeypatch):
     train.main(["--data_dir", "dtd", "--pretrained", "none", "--no_cache", *flags])
     for folder in ("checkpoints", "runs/dtd_fold1_resnet18_seed42"):
         found = shown(tmp_path / folder)
-        assert {"train_loss", "val_loss", "val_top1", "lr", "images_per_s"} <= found.keys()
+        assert {
+            "train_loss",
+            "val_loss",
+            "lr",
+            "grad_norm",
+            "grad_norm_max",
+            "images_per_s",
+        } <= found.keys()
         assert [step for step, _ in found["val_loss"]] == [1]
