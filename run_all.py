@@ -354,13 +354,14 @@ def submit_all(args, plan: Plan) -> None:
         cpus=plan.workers + 1,
         max_parallel=args.max_parallel,
     )
+    again = "the same command without --overwrite" if args.overwrite else "the same command"
     change = "" if Path.cwd() == ROOT else f"cd {shlex.quote(str(ROOT))} && "
     folder = args.run_dir if Path.cwd() == ROOT else args.run_dir.resolve()
     print(
         f"Slurm job array {array}: {len(plan.jobs)} runs. The output of each run is written to "
-        f"output.log in its folder, Slurm's own to {logs}.\nThe same command again queues what "
-        "is missing by then. To write the table, now or when all are done:\n  "
-        f"{change}python -m tools.report {shlex.quote(str(folder))}"
+        f"output.log in its folder, Slurm's own to {logs}.\nTo queue what is missing by then: "
+        f"{again} again. To write the table, now or when all are done:\n  "
+        f"{change}python -m tools.report {shlex.quote(str(folder))} --dataset {plan.dataset}"
     )
     if plan.mismatched:
         print(f"not reused: {', '.join(plan.mismatched)}", file=sys.stderr)

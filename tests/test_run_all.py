@@ -259,6 +259,23 @@ def test_overwrite_leaves_everything_alone_where_a_run_is_going_on(swept, capsys
     assert files(swept) == before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_submitted_sweep_says_how_to_continue_and_how_to_collect(
+    overwrite, tmp_path, capsys, monkeypatch
+):
+    submitted = {}
+    monkeypatch.setattr(run_all, "submit", lambda jobs, logs, **how: submitted.update(how) or "7")
+    more = ["--overwrite"] if overwrite else []
+    words = ["--launcher", "slurm", "--max-parallel", "3", "--gpus_per_task", "0", *more]
+    assert call(*flags(str(tmp_path / "runs"), *words)) == 0
+    told = {"minutes": 240, "partition": None, "gpus": 0, "cpus": 1, "max_parallel": 3}
+    assert submitted == told
+    out = capsys.readouterr().out
+    again = "the same command without --overwrite again" if overwrite else "the same command again"
+    assert f"To queue what is missing by then: {again}." in out
+    assert out.rstrip().endswith("python -m tools.report " + f"{tmp_path}/runs --dataset dtd")
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -345,7 +362,7 @@ def test_a_sweep_goes_on_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
     assert call(*flags(str(tmp_path), epochs=epochs)) == 0
     assert "0 finished, 1 to do (1 of them started)" in capsys.readouterr().out
     check_each_epoch_ran_once(folder, epochs)
-    assert (folder / "output.log").read_text().count("going on with") == 2
+    assert (folder / "output.log").read_text().count("resuming ") == 2
 
 
 def test_two_max_parallel_share_the_cells_and_lose_none_when_one_is_stopped(tmp_path):

@@ -194,7 +194,7 @@ def test_a_sweep_on_a_cluster_survives_a_preemption(cluster, tmp_path):
     assert len(outputs) == len(list(runs.glob("dtd_*/results.json"))) == 4
     assert sorted(text.count("$ ") for text in outputs) == [1, 1, 1, 2]
     (torn,) = (text for text in outputs if text.count("$ ") == 2)
-    assert "preempted, epoch" in torn and "going on with" in torn
+    assert "preempted, epoch" in torn and "resuming " in torn
     for text in outputs:
         assert [text.count(f"\nEpoch {epoch}:") for epoch in range(1, 12)] == [1] * 10 + [0]
     (plan,) = json.loads((runs / "sweep.json").read_text())["sweeps"]
