@@ -119,13 +119,17 @@ def tests_done(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     compared = [row for row in rows if row.versus]
     notes = []
     if any(row.versus.low is not None for row in compared):
-        tests = sum(row.versus.p is not None for row in compared)
         ratio = resampling_ratio(sweep.finished())
         notes.append(
-            "95 % CI and p: corrected resampled t test (Nadeau and Bengio, 2003), with test "
-            f"images / images trained on = {ratio:.2f}. p (Holm): corrected for "
-            f"{count(tests, 'comparison')} (Holm, 1979). table.csv also has the uncorrected p, and "
-            "an exact sign-flip p over folds, which does not correct for their overlap."
+            "95 % CI and p: corrected resampled t test (Nadeau and Bengio, 2003), with test images "
+            f"/ images trained on = {ratio:.2f}."
+        )
+    tests = sum(row.versus.p is not None for row in compared)
+    if tests:
+        notes.append(
+            f"p (Holm): corrected for {count(tests, 'comparison')} (Holm, 1979). table.csv also "
+            "has the uncorrected p, and an exact sign-flip p over folds, which does not correct "
+            "for their overlap."
         )
     problem = why_no_tests()
     if problem and any(row.versus.folds >= 3 for row in compared):

@@ -77,6 +77,7 @@ def import_matplotlib():
     try:
         import_optional("matplotlib.figure", purpose="drawing figures")
         import_optional("matplotlib.font_manager", purpose="drawing figures")
+        import_optional("matplotlib.ticker", purpose="drawing figures")
         return import_optional("matplotlib", purpose="drawing figures")
     finally:
         if backend is not None:
@@ -312,7 +313,9 @@ def draw_norms(axes, logs: Sequence[Sequence[dict]], **line) -> None:
     band(axes, logs, lambda entry: entry["grad_norm"], **line)
     thin = {**line, "ls": (0, (1, 1.5)), "lw": 0.9, "mfc": "white"}
     band(axes, logs, lambda entry: entry["grad_norm_max"], **thin)
-    axes.set(yscale="log", ylabel="gradient norm", title="median (thick), maximum (dotted)")
+    axes.set(yscale="log", ylabel="gradient norm", title="median; dotted: maximum")
+    for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_ticks(import_matplotlib().ticker.LogFormatter())  # plain numbers: 0.5, 1, 10
 
 
 def gate_count(entry: dict) -> int:
@@ -381,4 +384,5 @@ def draw_curves(path: Path, jobs: Mapping[str, Sequence[dict]]) -> None:
         speed.set(ylabel="images/s", ylim=(0, None))
         for axes in unused:
             axes.set_visible(False)
+            speed.tick_params(labelbottom=True)  # nothing is below it
         figure.legend(loc="outside lower center", ncols=2)

@@ -50,7 +50,7 @@ def run_pool(jobs, slots=({},), stop=lambda: False, **more):
     return outcomes
 
 
-def test_cells_run_on_their_slots_and_never_more_max_parallel(tmp_path):
+def test_jobs_run_in_their_slots_and_never_more_at_a_time(tmp_path):
     work = "time.sleep(0.3); print(os.environ['GPU'], os.environ['TWISTNET_LAUNCHER']); done()"
     counts = []
     jobs = [job(tmp_path, name, work) for name in "abcde"]
@@ -62,7 +62,7 @@ def test_cells_run_on_their_slots_and_never_more_max_parallel(tmp_path):
     assert {launcher for _, launcher in used} == {str(os.getpid())}
 
 
-def test_the_output_is_added_to_the_folder_under_its_command(tmp_path):
+def test_the_output_is_appended_to_output_log_below_the_command(tmp_path):
     one = job(tmp_path, "a b", "print('hello'); print('oh', file=sys.stderr); done()")
     for _ in range(2):
         run_pool([one])
@@ -92,10 +92,10 @@ def test_the_output_is_added_to_the_folder_under_its_command(tmp_path):
 def test_a_failed_run_is_tried_once_more(tmp_path, code, expected):
     outcomes = run_pool([job(tmp_path, "a", code), job(tmp_path, "b", "done()")])
     assert [outcome for name, outcome in outcomes if name == "a"] == expected
-    assert ("b", DONE) in outcomes  # the sweep goes on
+    assert ("b", DONE) in outcomes  # the sweep continues
 
 
-def test_a_finished_cell_is_not_run(tmp_path):
+def test_a_finished_job_is_not_run(tmp_path):
     one = job(tmp_path, "a", "sys.exit(1)")
     one.folder.mkdir()
     (one.folder / "results.json").touch()
@@ -103,7 +103,7 @@ def test_a_finished_cell_is_not_run(tmp_path):
     assert not (one.folder / "output.log").exists()
 
 
-def test_a_cell_of_another_process_is_waited_for_while_others_run(tmp_path, monkeypatch):
+def test_the_pool_waits_for_a_job_of_another_process_while_others_run(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "BUSY_POLL", 0.2)
     one, other = job(tmp_path, "a", "sys.exit(1)"), job(tmp_path, "b", "done()")
     one.folder.mkdir()
@@ -127,7 +127,7 @@ def test_a_cell_of_another_process_is_waited_for_while_others_run(tmp_path, monk
     assert not is_locked(one.folder) and not is_locked(tmp_path / "not there")
 
 
-def test_a_cell_that_another_process_took_first_is_no_failure(tmp_path, monkeypatch):
+def test_a_job_that_another_process_started_first_has_not_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "BUSY_POLL", 0.2)
     code = "seen = os.path.exists('x'); open('x', 'w'); done() if seen else sys.exit(3)"
     assert run_pool([job(tmp_path, "a", code)]) == [("a", BUSY), ("a", DONE)]
@@ -139,7 +139,7 @@ SAVES = (
 )
 
 
-def test_a_stop_has_runs_save_and_starts_no_more(tmp_path):
+def test_a_stop_lets_runs_save_and_starts_no_others(tmp_path):
     jobs = [job(tmp_path, name, SAVES) for name in "ab"]
     up = jobs[0].folder / "up"
     started = time.monotonic()
@@ -148,14 +148,14 @@ def test_a_stop_has_runs_save_and_starts_no_more(tmp_path):
     assert "saved" in last_output(jobs[0].folder) and not jobs[1].folder.exists()
 
 
-def test_a_run_that_does_not_leave_is_killed(tmp_path, monkeypatch):
+def test_a_run_that_ignores_the_stop_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "GRACE", 0.5)
     code = "import signal; signal.signal(15, signal.SIG_IGN); open('up', 'w'); time.sleep(60)"
     one = job(tmp_path, "a", code)
     assert run_pool([one], stop=(one.folder / "up").exists) == [("a", STOPPED)]
 
 
-def test_runs_are_ended_when_the_launcher_breaks(tmp_path):
+def test_runs_are_stopped_when_the_launcher_fails(tmp_path):
     def broken(running):
         if (tmp_path / "a" / "up").exists():
             raise OSError("no space left")
@@ -188,7 +188,7 @@ def test_slots_share_the_cores(monkeypatch, slots, gpus, jobs, cores, threads, w
     assert all(c.command == (["run", "--workers", workers] if workers else ["run"]) for c in jobs)
 
 
-def test_slots_keep_to_what_the_user_has_set(monkeypatch):
+def test_slots_respect_environment_variables_of_the_user(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     made = make_slots([Job(Path("a"), []), Job(Path("b"), [])], None, [0, 1], cores=8, workers=4)
@@ -198,7 +198,7 @@ def test_slots_keep_to_what_the_user_has_set(monkeypatch):
     ]
 
 
-def test_the_line_has_counts_and_mean_accuracies(capsys):
+def test_the_progress_line_shows_counts_and_mean_accuracies(capsys):
     line = ProgressLine(4, [{"model": "a", "test_acc": 10.0}], failed=1)
     line.add("x", {"model": "a", "test_acc": 20.0, "val_acc": 25.0, "seconds": 61.2})
     line.add("y", {"model": "b", "test_acc": 5.0, "val_acc": 1.0, "seconds": 1.0})

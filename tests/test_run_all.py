@@ -93,7 +93,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("dtd_*/*")}
 
 
-def test_a_sweep_leaves_a_table_and_a_folder_a_run(swept):
+def test_a_sweep_leaves_a_table_and_one_folder_per_run(swept):
     plan = {"dataset": "dtd", "models": ["resnet18"], "folds": [1, 2], "seeds": [42]}
     assert json.loads((swept / "sweep.json").read_text()) == {"sweeps": [plan]}
     assert {path.suffix for path in swept.glob("table.*")} == {".md", ".csv", ".tex"}
@@ -129,7 +129,7 @@ def test_a_terminal_in_ascii_ends_with_the_table(swept):
     assert b"(2 folds \\xd7 1 seed)" in done.stdout
 
 
-def test_runs_of_other_settings_are_named_first_and_neither_reused_nor_touched(swept, capsys):
+def test_runs_with_other_settings_are_named_and_left_untouched(swept, capsys):
     before = files(swept)
     assert call(*flags("my runs", "--folds", "1-2", epochs=2)) == 1
     out, err = capsys.readouterr()
@@ -230,13 +230,13 @@ def test_a_failed_run_is_tried_again_and_reported_with_its_last_lines(fake_train
     assert "2 of 2 missing" in out
 
 
-def test_a_run_that_was_stopped_alone_leaves_the_sweep_unfinished(fake_train, tmp_path, capsys):
+def test_a_sweep_with_a_stopped_run_is_unfinished(fake_train, tmp_path, capsys):
     fake_train("sys.exit(75)")
     assert call(*flags(str(tmp_path / "runs"))) == 75
     assert "with 1 runs to do: the same command continues the sweep" in capsys.readouterr().err
 
 
-def test_overwrite_leaves_everything_alone_where_a_run_is_going_on(swept, capsys):
+def test_overwrite_moves_nothing_while_one_of_the_runs_is_active(swept, capsys):
     holder = subprocess.Popen(
         [
             sys.executable,
@@ -339,7 +339,7 @@ def check_each_epoch_ran_once(folder: Path, epochs: int) -> None:
     assert logged(folder) == list(range(1, epochs + 1))
 
 
-def test_a_sweep_goes_on_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
+def test_a_sweep_resumes_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
     folder, epochs = tmp_path / ONE, 10
     for stop in (
         lambda sweep: os.killpg(sweep.pid, signal.SIGINT),  # as Ctrl-C does
@@ -365,7 +365,7 @@ def test_a_sweep_goes_on_after_ctrl_c_and_after_kill_9(tmp_path, capsys):
     assert (folder / "output.log").read_text().count("resuming ") == 2
 
 
-def test_two_max_parallel_share_the_cells_and_lose_none_when_one_is_stopped(tmp_path):
+def test_two_launchers_share_the_runs_and_none_is_lost_when_one_stops(tmp_path):
     folders, epochs = [tmp_path / ONE, tmp_path / TWO], 24  # long after the signal has come
     sweeps = [start(str(tmp_path), "--folds", "1-2", epochs=epochs) for _ in range(2)]
     wait_until(lambda: all(logged(folder) for folder in folders))  # one job each

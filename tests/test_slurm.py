@@ -40,7 +40,7 @@ def job(tmp_path: Path, code: str) -> SlurmTask:
         ("sys.exit(os.environ['THREADS'] != '7')", 1),
     ],
 )
-def test_a_job_runs_until_its_cell_is_finished(tmp_path, monkeypatch, code, starts):
+def test_a_task_runs_until_its_job_is_finished(tmp_path, monkeypatch, code, starts):
     monkeypatch.setattr(slurm, "BUSY_POLL", 0.05)
     monkeypatch.setattr(slurm, "LAST_WAIT", 0.05)
     job(tmp_path, code)()
@@ -50,13 +50,13 @@ def test_a_job_runs_until_its_cell_is_finished(tmp_path, monkeypatch, code, star
 @pytest.mark.parametrize(
     ("code", "starts"), [("print('oh'); sys.exit(1)", 2), ("print('oh'); sys.exit(2)", 1)]
 )
-def test_a_job_fails_with_the_last_lines(tmp_path, code, starts):
+def test_a_failed_task_shows_the_last_lines_of_output(tmp_path, code, starts):
     with pytest.raises(UserError, match=r"exit code [12]; its output ends with[^$]*\$[^$]*oh"):
         job(tmp_path, code)()
     assert (tmp_path / "starts").stat().st_size == starts
 
 
-def test_preempted_it_has_the_run_save_before_it_is_queued_again(tmp_path):
+def test_a_preempted_task_lets_the_run_save_before_it_is_queued_again(tmp_path):
     pytest.importorskip("submitit", reason="pip install submitit")
     saving = (
         "def save(*_):\n    time.sleep(0.5); open('saved', 'w'); sys.exit(75)\n"
@@ -89,7 +89,7 @@ def test_preempted_it_has_the_run_save_before_it_is_queued_again(tmp_path):
     assert isinstance(one.checkpoint().function, SlurmTask)  # also where no run is left
 
 
-def test_what_is_missing_is_said(tmp_path, monkeypatch):
+def test_a_missing_slurm_or_submitit_is_named(tmp_path, monkeypatch):
     wanted = {"minutes": 60, "partition": None, "gpus": 0, "cpus": 1, "max_parallel": None}
     pytest.importorskip("submitit", reason="pip install submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -209,7 +209,7 @@ def test_a_sweep_on_a_cluster_survives_a_preemption(cluster, tmp_path):
     assert "(2 folds × 2 seeds)" in report.stdout, report.stderr
 
 
-def test_a_cluster_stops_as_often_as_one_likes(tmp_path):
+def test_a_cluster_can_be_stopped_twice(tmp_path):
     slurm_cluster.stop(tmp_path)
     (tmp_path / "slurmctld.process").write_text(str(os.getpid()))  # not a daemon of ours
     slurm_cluster.stop(tmp_path)

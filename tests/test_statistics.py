@@ -46,7 +46,7 @@ def test_a_fold_with_a_missing_seed_is_left_out_and_counted():
     assert (nothing.mean, nothing.std, nothing.missing) == (None, None, 5)
 
 
-def test_two_folds_give_mean_and_std_over_seeds():
+def test_with_two_folds_mean_and_std_are_over_seeds():
     cells = {(1, 42): 60.0, (2, 42): 70.0, (1, 43): 62.0, (2, 43): 72.0, (1, 44): 90.0}
     summary = summarise(cells, *grid([1, 2], [42, 43, 44]))
     assert (summary.unit, summary.seeds, summary.missing) == ("seeds", 2, 1)
@@ -88,7 +88,7 @@ def test_sign_flip_by_hand(differences, p):
     assert sign_flip_p(differences) == p
 
 
-def test_sign_flip_stops_where_it_cannot_enumerate():
+def test_sign_flip_has_no_p_for_more_than_20_folds():
     assert sign_flip_p([1.0] * 20) == 2 / 2**20
     assert sign_flip_p([1.0] * 21) is None
 
@@ -147,7 +147,7 @@ def test_the_reason_for_a_missing_interval_is_the_one_that_holds():
     assert compare(three, three, 1.0).untested is None  # all 0: p is 1
 
 
-def test_without_scipy_differences_have_no_interval_and_it_is_said_how_to_get_one(monkeypatch):
+def test_without_scipy_there_is_no_interval_and_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     monkeypatch.setitem(sys.modules, "scipy", None)
     assert "pip install scipy" in why_no_tests()

@@ -154,7 +154,7 @@ def test_equal_differences_have_an_interval_and_the_note_says_why_they_have_no_p
     assert "ewer than 3" not in text
 
 
-def test_a_seed_that_has_not_all_folds_is_not_averaged_with_those_that_have(tmp_path):
+def test_a_seed_without_all_folds_is_not_averaged(tmp_path):
     for fold, accuracy in ((1, 60.0), (2, 70.0)):
         write_run(tmp_path, "resnet18", fold, 42, accuracy)
     write_run(tmp_path, "resnet18", 1, 43, 61.0)
