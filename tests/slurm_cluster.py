@@ -4,7 +4,7 @@
   python tests/slurm_cluster.py stop /tmp/cluster    # as often as you like
 
 Partition `low` is preempted by partition `high`: its jobs get their user signal (submitit's USR2),
-half a minute to save, and are queued again. The folder's path must be short: there is a socket in it.
+half a minute to save, and are queued again. The path must be short: the folder has a socket in it.
 """
 
 import getpass
