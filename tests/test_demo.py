@@ -1,9 +1,17 @@
-"""tools/demo.py: the results that it prints at the end."""
+"""tools/demo.py: its commands, and the results that it prints at the end."""
 
 import json
 from pathlib import Path
 
+import pretrain_imagenet
+import run_all
 from tools import demo
+
+
+def test_the_scripts_accept_the_commands_of_the_demo():
+    flags = demo.pretrain_flags("twistnet18").split()
+    assert pretrain_imagenet.parse_args(flags).model == "twistnet18"
+    assert run_all.parse_args(demo.sweep_flags().split())
 
 
 def test_results_are_the_pretraining_accuracy_and_the_mean_over_folds(capsys):

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: the counts that training recorded, and what keeps them from being believed."""
+"""tools/evaluate.py: counts equal to those recorded in training, and what it refuses to compare."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from PIL import Image
 import pretrain_imagenet
 import train
 from data.images import read_rgb
+from data.loading import EvalLoader
 from data.synthetic import write_dtd, write_imagenet_tree
 from data.transforms import EvalTransform, normalise
 from models.weights import load_trained
@@ -22,7 +23,7 @@ RUN = "runs/dtd_fold1_resnet18_seed42"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A pretraining of 2 epochs and a run of 3, both as the scripts leave them."""
+    """A pretraining of 2 epochs and a run of 3 epochs, as the scripts write them."""
     root = tmp_path_factory.mktemp("trained")
     write_imagenet_tree(
         root / "tree", train_per_class=8, val_per_class=5, size=48, seed=0, num_classes=6
@@ -52,15 +53,15 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def folder(trained, tmp_path, monkeypatch):
-    """A copy of it to work in."""
+    """A copy of `trained` to change."""
     shutil.copytree(trained, tmp_path / "work", symlinks=True)
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
 
 
 @pytest.fixture
-def inside(trained, monkeypatch):
-    """The original, for tests that write nothing."""
+def unchanged(trained, monkeypatch):
+    """The original of `trained`, for tests that write nothing."""
     monkeypatch.chdir(trained)
 
 
@@ -71,7 +72,7 @@ def call(*words):
 WEIGHTS = ("--weights", "weights/resnet18_imagenet.pt", "--data_dir", "tree")
 
 
-def test_weights_give_the_accuracies_beside_them(inside, capsys):
+def test_weights_reach_the_accuracies_in_their_json(unchanged, capsys):
     about = json.loads(Path("weights/resnet18_imagenet.json").read_text())
     call(*WEIGHTS)
     lines = capsys.readouterr().out.splitlines()
@@ -86,14 +87,14 @@ def test_weights_give_the_accuracies_beside_them(inside, capsys):
         )
 
 
-def test_the_training_images_need_not_be_there(folder, capsys):
+def test_the_training_images_are_not_needed(folder, capsys):
     shutil.rmtree("tree/train")
     call(*WEIGHTS)
     assert capsys.readouterr().out.count("the same count") == 2
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
-def test_a_run_gives_its_results_again(inside, capsys, split):
+def test_a_run_reaches_its_recorded_results(unchanged, capsys, split):
     results = json.loads(Path(RUN, "results.json").read_text())
     call("--weights", f"{RUN}/best.pt", "--split", split)
     out = capsys.readouterr().out
@@ -102,28 +103,27 @@ def test_a_run_gives_its_results_again(inside, capsys, split):
     assert f"{results[f'{split}_acc']:.2f} % ({count}): the same count" in out
 
 
-def test_batches_are_cut_as_in_training(inside, monkeypatch):
-    """The rounding of a logit depends on the batch, so that a close call could tip over."""
+def test_batches_are_those_of_training(unchanged, monkeypatch):
+    """The rounding of a logit depends on the batch, and may decide between two close classes."""
     sizes = []
 
-    def eval_batches(*args, **kwargs):
-        sizes.append(kwargs["batch_size"])
-        return original(*args, **kwargs)
+    def make_loader(*args, **options):
+        sizes.append(options["batch_size"])
+        return EvalLoader(*args, **options)
 
-    original = evaluate.eval_batches
-    monkeypatch.setattr(evaluate, "eval_batches", eval_batches)
+    monkeypatch.setattr(evaluate, "EvalLoader", make_loader)
     call("--weights", f"{RUN}/best.pt")
     call(*WEIGHTS)
-    assert sizes == [32, 7]  # train.py scores at least 32 at a time, pretrain_imagenet.py does not
+    assert sizes == [32, 7]  # train.py evaluates at least 32 at once
 
 
-def test_another_fold_is_scored_with_a_warning(inside, capsys):
+def test_another_fold_is_evaluated_with_a_warning(unchanged, capsys):
     call("--weights", f"{RUN}/best.pt", "--fold", 2)
     out = capsys.readouterr().out
     assert "warning: trained on fold 1" in out and "nothing is recorded" in out
 
 
-def test_size_resize_and_mirror_images(inside, capsys):
+def test_size_resize_and_mirror_images(unchanged, capsys):
     call(*WEIGHTS, "--img_size", 32, "--resize", 60, "--flip", "--no_amp")
     out = capsys.readouterr().out
     model, about = load_trained("weights/resnet18_imagenet.pt")
@@ -148,11 +148,11 @@ def test_size_resize_and_mirror_images(inside, capsys):
         (70.0, 2, 3, " of another number of images, now -3.33 percentage points"),
     ],
 )
-def test_verdict_by_hand(percent, count, images, told):
-    assert evaluate.verdict(percent, count, images) == told
+def test_comparison_of_recorded_and_counted_by_hand(percent, count, images, told):
+    assert evaluate.compare(percent, count, images) == told
 
 
-def test_a_wrong_record_is_told(folder, capsys):
+def test_a_wrong_record_is_reported(folder, capsys):
     path = Path(RUN, "results.json")
     results = json.loads(path.read_text())
     right = results["test_correct"]
@@ -169,14 +169,14 @@ def error_of(*words):
     return str(error.value)
 
 
-def test_weights_that_are_not_the_jsons_are_refused(folder):
+def test_weights_that_do_not_match_their_json_are_refused(folder):
     weights = torch.load("weights/resnet18_imagenet.pt", weights_only=True)
     weights["fc.bias"][0] += 1
     torch.save(weights, "weights/resnet18_imagenet.pt")
     assert "weights/resnet18_imagenet.json says" in error_of(*WEIGHTS)
 
 
-def test_weights_without_json_are_scored(folder, capsys):
+def test_weights_without_a_json_are_evaluated(folder, capsys):
     Path("weights/resnet18_imagenet.json").unlink()
     call(*WEIGHTS, "--img_size", 40)
     out = capsys.readouterr().out
@@ -195,14 +195,14 @@ def test_other_classes_are_refused(folder):
     assert "has 6 classes, the data in tree 5" in error_of(*WEIGHTS)
 
 
-def test_an_unreadable_image_is_never_left_out(folder):
+def test_an_unreadable_image_ends_the_evaluation(folder):
     broken = next(Path("tree/val/dotted").iterdir())
     content = broken.read_bytes()
     broken.write_bytes(content[: -len(content) // 2])  # its header is whole
     assert str(broken) in error_of(*WEIGHTS)
 
 
-def test_other_images_of_the_same_fold_are_warned_of(folder, capsys):
+def test_other_images_in_the_same_fold_cause_a_warning(folder, capsys):
     Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save("dtd/images/banded/new.jpg")
     labels = Path("dtd/labels/test1.txt")
     labels.write_text(labels.read_text() + "banded/new.jpg\n")
@@ -227,11 +227,11 @@ def test_other_images_of_the_same_fold_are_warned_of(folder, capsys):
         ),
     ],
 )
-def test_wrong_input_is_one_line(inside, words, told):
+def test_wrong_input_is_a_one_line_error(unchanged, words, told):
     assert told in error_of(*words)
 
 
-def test_usage_errors_end_in_2():
+def test_the_exit_code_of_a_usage_error_is_2():
     with pytest.raises(SystemExit) as ended:
         evaluate.run(lambda: evaluate.main(["--weights"]))
     assert ended.value.code == 2

@@ -1,12 +1,12 @@
-"""Test a weights file or a run's checkpoint, and compare with what was recorded of it.
+"""Evaluate a weights file or a run's checkpoint, and compare with the accuracy recorded for it.
 
   python -m tools.evaluate --weights weights/twistnet18_imagenet.pt --data_dir /path/to/imagenet
   python -m tools.evaluate --weights runs/dtd_fold1_twistnet18_seed42/best.pt --split val
 
-The first counts top-1 and top-5 on val/, and compares with the JSON beside the weights, whose
-sha256 must be the file's. The second tests on the run's own dataset and fold, or on those given,
-and compares with its results.json. All that is not given is as in training, so that the counts are
-the same. An image that cannot be read is never left out: it ends the evaluation.
+The first counts top-1 and top-5 on val/ and compares with the JSON beside the weights, which must
+contain the file's sha256. The second evaluates on the run's own dataset and fold, or on those
+given, and compares with its results.json. Flags that are not given are as in training, so that the
+counts are equal. Every image is counted: one that cannot be read ends the evaluation.
 """
 
 from pathlib import Path
@@ -22,14 +22,14 @@ from data.images import EvalSet, spot_check
 from data.loading import EvalLoader
 from data.splits import fingerprint
 from data.textures import DATASETS, load_splits
-from data.transforms import trained_transform
+from data.transforms import EvalTransform, trained_transform
 from models.weights import load_trained
 from training.distributed import DistributedContext
 from training.engine import PRECISIONS, EvalMetrics, choose_precision, evaluate
 
 
 class FlipAverage(nn.Module):
-    """The mean of a network's logits for an image and its mirror image."""
+    """Averages a network's logits over each image and its mirror image."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None):
         "--data_dir",
         type=Path,
         metavar="DIR",
-        help="where the data lies (default: where a run had it)",
+        help="folder of the data (default: the run's)",
     )
     data.add_argument(
         "--dataset",
@@ -62,29 +62,33 @@ def parse_args(argv: list[str] | None):
         help="imagenet (val/ of any tree of class folders), "
         f"{', '.join(DATASETS)} (default: the run's, else imagenet)",
     )
-    data.add_argument("--fold", type=at_least(1), metavar="K", help="(default: the run's)")
+    data.add_argument(
+        "--fold", type=at_least(1), metavar="K", help="fold of the dataset (default: the run's)"
+    )
     data.add_argument(
         "--num_folds",
         type=at_least(1),
         metavar="N",
-        help="of --dataset folder (default: the run's, else 10)",
+        help="number of folds of --dataset folder (default: the run's, else 10)",
     )
     data.add_argument(
-        "--split", choices=["test", "val"], help="(default: test; imagenet has val alone)"
+        "--split",
+        choices=["test", "val"],
+        help="(default: test; imagenet has only val)",
     )
     data.add_argument(
         "--workers",
         type=at_least(0),
         default=4,
         metavar="N",
-        help="loader processes, at most the CPUs there are",
+        help="loader processes, at most one per CPU",
     )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--img_size",
         type=at_least(32),
         metavar="PX",
-        help="crop (default: as in training, else 224)",
+        help="size of the centre crop (default: as in training, else 224)",
     )
     how.add_argument(
         "--resize",
@@ -99,7 +103,7 @@ def parse_args(argv: list[str] | None):
         "--batch_size",
         type=at_least(1),
         metavar="B",
-        help="images at a time (default: as in training, else 256)",
+        help="images per batch (default: as in training, else 256)",
     )
     add_amp_flags(how)
     return parser.parse_args(argv)
@@ -107,102 +111,122 @@ def parse_args(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+
+    # the network and the data, which must have the same classes
     model, about = load_trained(args.weights)
     check_sha256(args.weights, about["sha256"])
-    trained = about["config"]
-    settle(args, trained)
-    source, classes, seen = load_data(args, trained)
+    config = about["config"]
+    fill_defaults_from_run(args, config)
+    source, classes = load_data(args, config)
     check_classes(about, classes, args.data_dir)
-    transform = trained_transform(trained, args.img_size)
+    transform = trained_transform(config, args.img_size)
     transform.resize = args.resize or transform.resize
     if transform.resize < args.img_size:
         raise UserError(f"--resize {args.resize} is smaller than the crop of {args.img_size}")
 
+    # what is evaluated, and how
     print(
         f"{about['model']}, {about['num_classes']} classes, from {args.weights}"
         + (", sha256 as its JSON says" if about["record"] else "")
     )
+    part = args.split if args.dataset == "imagenet" else f"fold {args.fold}, {args.split}"
     print(
-        f"{len(source):,} images of {args.dataset}, {seen}, in {args.data_dir}; resize "
+        f"{len(source):,} images of {args.dataset}, {part}, in {args.data_dir}; resize "
         f"{transform.resize}, crop {args.img_size}, {args.precision}"
         + (", with mirror images" if args.flip else ""),
         flush=True,
     )
-    score = test(FlipAverage(model) if args.flip else model, source, transform, args)
-    ours = {"top-1": score.top1, "top-5": score.top5}
-    for name, count in ours.items():
-        print(f"{name} {100 * count / score.num_images:.2f} % ({count:,} of {score.num_images:,})")
-    place, percents = recorded(args, about, trained)
-    if not percents:
-        print("nothing is recorded of these images beside the file")
-    for name, percent in percents.items():
-        print(f"{place}: {name} {percent:.2f} %" + verdict(percent, ours[name], score.num_images))
+
+    # accuracies, beside the recorded ones
+    metrics = count_correct(
+        FlipAverage(model) if args.flip else model,
+        source,
+        transform,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=args.device,
+        precision=args.precision,
+    )
+    counts = {"top-1": metrics.top1, "top-5": metrics.top5}
+    images = metrics.num_images
+    for name, count in counts.items():
+        print(f"{name} {100 * count / images:.2f} % ({count:,} of {images:,})")
+    path, recorded = find_recorded(args, about)
+    if not recorded:
+        print("nothing is recorded for these images beside the file")
+    for name, percent in recorded.items():
+        print(f"{path}: {name} {percent:.2f} %" + compare(percent, counts[name], images))
 
 
 def check_sha256(path: Path, found: str) -> None:
-    """UserError where the JSON beside the weights is another file's."""
+    """Raise UserError if the JSON beside the weights belongs to another file."""
     beside = path.with_suffix(".json")
-    wanted = (read_json(beside) or {}).get("sha256")
-    if wanted not in (None, found):
+    expected = (read_json(beside) or {}).get("sha256")
+    if expected not in (None, found):
         raise UserError(
-            f"{path} has sha256 {found}, {beside} says {wanted}: the weights were "
-            "changed or damaged, or the two do not belong together; get both again, "
-            "or move the JSON away"
+            f"{path} has sha256 {found}, {beside} says {expected}: the weights were changed or "
+            "damaged, or the two files do not belong together; get both again, or move the JSON "
+            "away"
         )
 
 
-def settle(args, trained: dict) -> None:
-    """Fill in what was not given with what the network was trained with, else with defaults."""
-    on_run = "dataset" in trained and args.dataset in (None, trained["dataset"])
-    args.dataset = args.dataset or trained.get("dataset", "imagenet")
+def fill_defaults_from_run(args, config: dict) -> None:
+    """Fill in the flags that were not given: as in the network's training, else with defaults.
+
+    config: what the checkpoint or the weights' JSON records of the training.
+    """
+    # data: where and what the run had, unless another dataset is given
+    on_run = "dataset" in config and args.dataset in (None, config["dataset"])
+    args.dataset = args.dataset or config.get("dataset", "imagenet")
     if args.dataset == "imagenet":
         if args.split == "test" or args.fold or args.num_folds:
             raise UserError(
-                "--dataset imagenet has neither folds nor a test split: its val/ is scored"
+                "--dataset imagenet has neither folds nor a test split: its val/ is evaluated"
             )
         args.split = "val"
     args.split = args.split or "test"
-    args.data_dir = args.data_dir or (Path(trained["data_dir"]) if on_run else None)
-    args.fold = args.fold or (trained["fold"] if on_run else None)
+    args.data_dir = args.data_dir or (Path(config["data_dir"]) if on_run else None)
+    args.fold = args.fold or (config["fold"] if on_run else None)
     if args.data_dir is None:
-        raise UserError("--data_dir: say where the images lie")
+        raise UserError("--data_dir is required: the folder of the images")
     if args.dataset != "imagenet" and args.fold is None:
-        raise UserError(f"--fold: say which fold of {args.dataset}")
-    args.num_folds = args.num_folds or trained.get("num_folds", 10)
-    args.img_size = args.img_size or trained.get("img_size", 224)
-    # train.py never scores fewer than 32 at a time
-    args.batch_size = args.batch_size or max(trained.get("batch_size", 256), 32 if on_run else 1)
+        raise UserError(f"--fold is required: the fold of {args.dataset}")
+    args.num_folds = args.num_folds or config.get("num_folds", 10)
+
+    # size, batches and precision; train.py evaluates in batches of at least 32
+    args.img_size = args.img_size or config.get("img_size", 224)
+    args.batch_size = args.batch_size or max(config.get("batch_size", 256), 32 if on_run else 1)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = choose_precision(args.device, args.amp)
-    if args.amp is None and trained.get("precision") in PRECISIONS:
-        args.precision = trained["precision"]
+    if args.amp is None and config.get("precision") in PRECISIONS:
+        args.precision = config["precision"]
 
 
-def load_data(args, trained: dict) -> tuple[Source, list[str], str]:
-    """The images to score, their classes, and what they are in words."""
+def load_data(args, config: dict) -> tuple[Source, list[str]]:
+    """The images to evaluate on, and their classes; warns if they are not the run's."""
     if args.dataset == "imagenet":
-        if (args.data_dir / "val").is_dir():  # train/ need not be there
-            source, classes = list_tree(args.data_dir / "val")
-        else:  # packed, or nothing
-            _, source, classes = load_imagenet(args.data_dir)
-        return source, classes, "val"
+        if (args.data_dir / "val").is_dir():  # train/ need not exist
+            return list_tree(args.data_dir / "val")
+        _, source, classes = load_imagenet(args.data_dir)  # packed, or an error
+        return source, classes
+
     splits = load_splits(args.dataset, args.data_dir, args.fold, num_folds=args.num_folds)
-    if trained.get("dataset") == args.dataset:
-        if trained.get("fold") != args.fold:
+    if config.get("dataset") == args.dataset:
+        if config.get("fold") != args.fold:
             print(
-                f"warning: trained on fold {trained.get('fold')}: images of fold {args.fold} "
+                f"warning: trained on fold {config.get('fold')}: images of fold {args.fold} "
                 "may be among those it was trained on"
             )
-        elif trained.get("data") not in (None, fingerprint(splits)):
+        elif config.get("data") not in (None, fingerprint(splits)):
             print(f"warning: fold {args.fold} in {args.data_dir} has other images than the run had")
-    return getattr(splits, args.split), splits.classes, f"fold {args.fold}, {args.split}"
+    return getattr(splits, args.split), splits.classes
 
 
 def check_classes(about: dict, classes: list[str], data_dir: Path) -> None:
-    """UserError unless the network's classes are the data's, in the same order."""
+    """Raise UserError unless the network's classes are the data's, in the same order."""
     own = about["classes"]
     if own is None and about["num_classes"] == len(classes):
-        print("the file does not name its classes: taken to be the data's, in the same order")
+        print("the file does not name its classes: assumed to be the data's, in the same order")
     elif own is None or len(own) != len(classes):
         raise UserError(
             f"{about['path']} has {about['num_classes']} classes, the data in "
@@ -210,53 +234,60 @@ def check_classes(about: dict, classes: list[str], data_dir: Path) -> None:
         )
     elif own != classes:
         i = next(i for i, name in enumerate(own) if name != classes[i])
-        order = (
-            "the same classes in another order"
-            if sorted(own) == sorted(classes)
-            else ("other classes")
-        )
+        same_names = sorted(own) == sorted(classes)
+        order = "the same classes in another order" if same_names else "other classes"
         raise UserError(
             f"the data in {data_dir} has {order} than {about['path']}: number {i} is "
             f"{classes[i]}, the network's is {own[i]}"
         )
 
 
-def test(model: nn.Module, source: Source, transform, args) -> EvalMetrics:
-    """Score every image once, by the code that validates in training."""
+def count_correct(
+    model: nn.Module,
+    source: Source,
+    transform: EvalTransform,
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    precision: str,
+) -> EvalMetrics:
+    """Evaluate on every image once, with the code of training's validation."""
     spot_check(source)
-    model.to(args.device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
     loader = EvalLoader(
         EvalSet(source, transform),
-        batch_size=args.batch_size,
-        workers=args.workers,
-        pin_memory=args.device.type == "cuda",
+        batch_size=batch_size,
+        workers=workers,
+        pin_memory=device.type == "cuda",
     )
-    context = DistributedContext(device=args.device)
-    score = evaluate(model, loader, context=context, precision=args.precision)
-    if score.unreadable:
+    context = DistributedContext(device=device)
+    metrics = evaluate(model, loader, context=context, precision=precision)
+    if metrics.unreadable:
         raise UserError(
-            f"{len(score.unreadable)} images cannot be read, and are never left out: "
-            f"restore them: {', '.join(score.unreadable[:5])}"
-            + (", …" if len(score.unreadable) > 5 else "")
+            f"{len(metrics.unreadable)} images cannot be read, and an evaluation needs them all: "
+            f"restore them: {', '.join(metrics.unreadable[:5])}"
+            + (", …" if len(metrics.unreadable) > 5 else "")
         )
-    return score
+    return metrics
 
 
-def recorded(args, about: dict, trained: dict) -> tuple[Path, dict[str, float]]:
-    """The file that says what came out before, and its percentages; none if nothing is recorded."""
+def find_recorded(args, about: dict) -> tuple[Path, dict[str, float]]:
+    """The file with the accuracies recorded for these images, and these in percent; {} if none."""
+    config = about["config"]
     if about["record"] and args.dataset == "imagenet":
         found = {"top-1": about["record"].get("top1"), "top-5": about["record"].get("top5")}
         path = args.weights.with_suffix(".json")
     else:
         path = args.weights.with_name("results.json")
-        same = (args.dataset, args.fold) == (trained.get("dataset"), trained.get("fold"))
+        same = (args.dataset, args.fold) == (config.get("dataset"), config.get("fold"))
         results = read_json(path) if same and args.weights.name == "best.pt" else None
         found = {"top-1": (results or {}).get(f"{args.split}_acc")}
     return path, {name: value for name, value in found.items() if isinstance(value, float | int)}
 
 
-def verdict(percent: float, count: int, images: int) -> str:
-    """How a recorded percentage compares with a count."""
+def compare(percent: float, count: int, images: int) -> str:
+    """How a recorded percentage compares with `count` of `images`."""
     before = percent * images / 100
     gap = f", now {100 * count / images - percent:+.2f} percentage points"
     if abs(before - round(before)) > 1e-3:

@@ -11,19 +11,22 @@ import csv
 import io
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.files import check_outputs, printable, write_atomic
 from data.images import EvalSet, ImageFiles, read_rgb
 from data.loading import EvalLoader
-from data.transforms import EvalTransform, normalise, trained_transform
+from data.transforms import EvalTransform, trained_transform
 from models.weights import load_trained
 from tools.find_images import check_exists, describe_ignored_files, find_images
+from training.engine import classify
 
 TOP = 5
 MARK = b"file,class_1,probability_1"  # every table that this tool writes starts with it
@@ -84,7 +87,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # one line per image
     rows, unreadable = [], 0
-    for file, ranked in predict(model, files, transform, args.batch_size, args.workers):
+    for file, ranked in predict(
+        model, files, transform, batch_size=args.batch_size, workers=args.workers
+    ):
         if ranked is None:
             print(explain_unreadable(file), file=sys.stderr)
             unreadable += 1
@@ -127,15 +132,16 @@ def explain_unreadable(file: Path) -> str:
     return f"{printable(file)} could not be read as an image, but can be read now: try again"
 
 
-@torch.inference_mode()
 def predict(
-    model,
+    model: nn.Module,
     files: list[Path],
     transform: EvalTransform,
+    *,
     batch_size: int,
     workers: int,
-):
+) -> Iterator[tuple[Path, list[tuple[int, float]] | None]]:
     """Yield (file, [(label, probability), …]), best first; None for a file that cannot be read."""
+    # the network and the images, as in validation
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, memory_format=torch.channels_last)
     listing = np.array([os.fsencode(file) for file in files])
@@ -145,12 +151,11 @@ def predict(
         batch_size=batch_size,
         workers=min(workers, len(files) // batch_size),
     )
-    for batch in loader:
-        images = normalise(batch.image.to(device))
-        logits = model(images.contiguous(memory_format=torch.channels_last))
-        chances, labels = logits.float().softmax(1).topk(min(TOP, logits.shape[1]))
+
+    for batch, _, logits in classify(model, loader, device=device, precision="fp32"):
+        probabilities, labels = logits.softmax(1).topk(min(TOP, logits.shape[1]))
         for i, index in enumerate(batch.index.tolist()):
-            ranked = list(zip(labels[i].tolist(), chances[i].tolist(), strict=True))
+            ranked = list(zip(labels[i].tolist(), probabilities[i].tolist(), strict=True))
             yield files[index], None if batch.broken[i] else ranked
 
 

@@ -7,7 +7,7 @@ exercise the same code path as a GPU run.
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -243,6 +243,21 @@ class Evaluator:
 
 
 @torch.inference_mode()
+def classify(model: nn.Module, loader, *, device: torch.device, precision: str) -> Iterator[tuple]:
+    """Yield each batch of a data.loading.EvalLoader with what the network says of it.
+
+    Yields (batch, labels, logits): labels, int64, B, and logits, float32, B × classes, on `device`.
+    """
+    model.eval()
+    for batch in loader:
+        images, labels = move_to_device(batch, device)
+        images = loader.normalise(images).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            logits = model(images)
+        yield batch, labels, logits.float()
+
+
+@torch.inference_mode()
 def evaluate(
     model: nn.Module, loader, *, context: DistributedContext, precision: str
 ) -> EvalMetrics:
@@ -259,14 +274,7 @@ def evaluate(
     device, num_images = context.device, 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5
     indices, predicted, unreadable = [], [], []
-    for batch in loader:
-        # Forward.
-        images, labels = move_to_device(batch, device)
-        images = loader.normalise(images).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision):
-            logits = model(images)
-        logits = logits.float()  # B × classes
-
+    for batch, labels, logits in classify(model, loader, device=device, precision=precision):
         # Count, on the device.
         ranked = logits.topk(min(5, logits.shape[1])).indices
         correct = ranked == labels[:, None]
