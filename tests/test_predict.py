@@ -86,7 +86,7 @@ def test_unreadable_images_are_named_with_the_reason(model, checkpoint, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("in/good.png: ") and len(out.splitlines()) == 1
     reason, summary = err.splitlines()
-    assert reason.startswith("in/bad.jpg cannot be read as an image (")
+    assert reason.startswith("in/bad.jpg cannot be read as an image (not a format")
     assert summary == "1 of 2 images cannot be read"
     assert len(Path("all.csv").read_text().splitlines()) == 2
 
