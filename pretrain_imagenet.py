@@ -21,7 +21,6 @@ import torch
 
 from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
 from common.errors import UserError
-from common.files import replace_by_link
 from common.processes import read_integer
 from data.imagenet import load_imagenet
 from data.images import EvalSet, TrainSet, spot_check
@@ -33,11 +32,9 @@ from models import MODELS, build_model
 from models.resnet import set_stochastic_depth
 from models.twistnet import read_gates
 from training.checkpoint import (
-    BEST,
     LATEST,
     TrainState,
     has_checkpoint,
-    load_checkpoint,
     load_tensors,
     require_checkpoint,
 )
@@ -48,6 +45,15 @@ from training.loop import TrainLoop
 from training.optim import count_warmup_steps, make_optimizer, make_schedule
 from training.preemption import StopRequest
 from training.recipes import FLAGS, PRETRAIN, describe_recipe, upgrade_pretrain_config
+from training.resuming import (
+    check_same_data,
+    copy_best,
+    describe_resumed,
+    find_changed_settings,
+    is_branch,
+    load_run,
+    prepare_checkpoint_dir,
+)
 from training.run_dir import RunDir
 from training.tensorboard import TensorBoardLogger
 
@@ -224,23 +230,33 @@ def main(argv: list[str] | None = None) -> None:
     stop = StopRequest()
     run_dir = RunDir(args.checkpoint_dir)
     if context.is_main:
-        prepare_checkpoint_dir(run_dir, args)
+        prepare_checkpoint_dir(run_dir, args.resume, overwrite=args.overwrite)
+        make_weights_dir(args.weights_dir)
     context.barrier()
     with run_dir.recording_failure(active=context.is_main):
-        # A new run, or the state of the one to resume.
-        state, tensors = load_state(args, given, context)
-        state = state or TrainState(make_config(args, context), classes, len(train))
-        config = state.config
+        # The state: of a new run, or of the one to resume.
         digest = digest_of(classes, {"train": train})
-        check_same_data(state, args, classes, len(train), digest)
+        resumed = load_run(args.resume, args.checkpoint_dir, context)
+        if resumed:
+            state, tensors, path = resumed
+            restore_flags(args, given, state, path)
+            check_same_data(state, classes, len(train), digest, args.data_dir)
+            if context.is_main:
+                print(describe_resumed(state, path, args.epochs), flush=True)
+                if is_branch(args.resume, args.checkpoint_dir):
+                    copy_best(state, path.parent, args.checkpoint_dir)
+        else:
+            state = TrainState(make_config(args, context), classes, len(train))
         state.data_digest = digest
-        if context.is_main and tensors:
-            print_resumed(state, args)
-            adopt_best(state, args)
+        config = state.config
 
         # Loaders.
         sampler = make_sampler(len(train), config, context)
-        check_epochs(state, args, sampler)
+        if state.step > args.epochs * sampler.steps_per_epoch:
+            raise UserError(
+                f"--epochs {args.epochs} is less than the run has trained: its epoch "
+                f"{state.epoch + 1} has begun"
+            )
         transform, augment = make_augmentation(
             config, size=args.img_size, seed=args.seed, num_classes=len(classes)
         )
@@ -261,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
         if config["lr_images"]:
             lr = args.lr * sampler.global_batch / config["lr_images"]
         trainer = make_trainer(config, model, context, augment, lr=lr)
-        if tensors:
+        if resumed:
             load_tensors(trainer, tensors)
         if args.compile:
             model.compile()
@@ -295,147 +311,39 @@ def main(argv: list[str] | None = None) -> None:
     shut_down_distributed()
 
 
-# ---------------------------------------------------------------- new runs and resumed ones
+# ---------------------------------------------------------------- resuming
 
 
-def prepare_checkpoint_dir(run_dir: RunDir, args: argparse.Namespace) -> None:
-    """Lock the checkpoint folder; archive its run, or refuse it, unless it is the one to resume."""
-    run_dir.lock()
-    try:
-        args.weights_dir.mkdir(parents=True, exist_ok=True)  # fail early, not after twelve days
-    except OSError as error:
-        raise UserError(f"--weights_dir {args.weights_dir}: {error.strerror}") from error
-    if not run_dir.contains_run():
-        return
-    if args.overwrite:
-        run_dir.archive(run_dir.path / "overwritten")
-    elif args.resume and is_branch(args):
-        raise UserError(
-            f"{run_dir.path} already contains a run: --resume {args.resume} needs another "
-            "--checkpoint_dir, or --overwrite"
-        )
-    elif not args.resume and not has_checkpoint(run_dir.path):
-        best = run_dir.path / BEST
-        resume = f"resume it with --resume {best}, " if best.exists() else ""
-        raise UserError(
-            f"{run_dir.path} already contains a run, without {LATEST}: {resume}archive it with "
-            "--overwrite, or choose another --checkpoint_dir"
-        )
-
-
-def is_branch(args: argparse.Namespace) -> bool:
-    """Whether a checkpoint of one folder is resumed into another: that makes it another run."""
-    return args.resume.parent.resolve() != args.checkpoint_dir.resolve()
-
-
-def load_state(
-    args: argparse.Namespace, given: set[str], context: DistributedContext
-) -> tuple[TrainState | None, dict | None]:
-    """The state and tensors to resume from, with the run's flags put into args; or None.
-
-    Without --resume a run in the folder is resumed if all settings are the same.
-    """
-    path = args.resume
-    if path is None and has_checkpoint(args.checkpoint_dir):
-        path = args.checkpoint_dir / LATEST
-    found = context.gather(path is not None)
-    if any(found) and not all(found):
-        raise UserError(
-            f"some ranks do not find {args.checkpoint_dir / LATEST}: --checkpoint_dir must be a "
-            "folder that all machines share"
-        )
-    if path is None:
-        return None, None
-    state, tensors, warning = load_checkpoint(path)
-    if warning and context.is_main:
-        print(warning, flush=True)
-    if not isinstance(state.config, dict) or "micro_batches" not in state.config:
-        raise UserError(f"{path} is not a checkpoint of pretrain_imagenet.py")
-    if len(set(context.gather(state.step))) > 1:
-        # One rank fell back to the predecessor, or a dying run saved in between.
-        raise UserError(f"the ranks have read different states of {path}: start them again")
-    recorded, state.config = state.config, upgrade_pretrain_config(state.config)
-    restore_flags(args, given, recorded, state, path)
-    state.config["epochs"] = args.epochs
-    if args.resume and is_branch(args):
-        state.config["run"] = secrets.token_hex(8)
-    return state, tensors
-
-
-def restore_flags(
-    args: argparse.Namespace, given: set[str], recorded: dict, state: TrainState, path: Path
-) -> None:
+def restore_flags(args: argparse.Namespace, given: set[str], state: TrainState, path: Path) -> None:
     """Put the run's own settings into args; UserError where the command line contradicts them.
 
-    With --resume only flags that were given can contradict. Without it the defaults count as
-    well, as far as the checkpoint has `recorded` them.
+    With --resume only flags that were given can contradict, and --epochs may change. Without it
+    the same command is expected: the defaults count as well, as far as the checkpoint has them.
     """
-    compared = given if "resume" in given else given | recorded.keys()
-    differing = [
-        f"{name} {state.config[name]} → {getattr(args, name)}"
-        for name in RUN_FLAGS
-        if name in compared
-        and getattr(args, name) != state.config[name]
-        and not (name == "epochs" and "resume" in given)
-    ]
-    precision = state.config["precision"]
-    if args.amp is not None and args.amp != (precision != "fp32"):
-        differing.append(f"precision {precision} → {'mixed' if args.amp else 'fp32'}")
-    if differing and "resume" in given:
+    explicit = "resume" in given
+    compared = given if explicit else given | state.config.keys()
+    changed = find_changed_settings(
+        state.config,
+        {name: getattr(args, name) for name in RUN_FLAGS if name in compared},
+        amp=args.amp,
+        ignore={"epochs"} if explicit else set(),
+    )
+    if changed and explicit:
         raise UserError(
-            f"{path} was made with other settings than the command line's "
-            f"({'; '.join(differing)}): leave these flags out, or start a new run in another "
-            "--checkpoint_dir"
+            f"{path} was made with other settings than the command line's ({'; '.join(changed)}): "
+            "leave these flags out, or start a new run in another --checkpoint_dir"
         )
-    if differing:
+    if changed:
         raise UserError(
             f"{args.checkpoint_dir} already contains a run with other settings "
-            f"({'; '.join(differing)}): resume it with its own by --resume {path}, archive it with "
+            f"({'; '.join(changed)}): resume it with its own by --resume {path}, archive it with "
             "--overwrite, or choose another --checkpoint_dir"
         )
+    state.config = upgrade_pretrain_config(state.config)
     for name in RUN_FLAGS:
         if not (name == "epochs" and "epochs" in given):
             setattr(args, name, state.config[name])
-
-
-def check_epochs(state: TrainState, args: argparse.Namespace, sampler: StepSampler) -> None:
-    if state.step > args.epochs * sampler.steps_per_epoch:
-        raise UserError(
-            f"--epochs {args.epochs} is less than the run has trained: its epoch "
-            f"{state.epoch + 1} has begun"
-        )
-
-
-def check_same_data(state: TrainState, args, classes: list[str], num_images: int, digest) -> None:
-    """Raise UserError unless the training images are those of the run, by class and name."""
-    old = state.classes, state.num_images, state.data_digest or digest
-    if old != (classes, num_images, digest):
-        names = " of other names" if len(classes) == len(state.classes) else ""
-        raise UserError(
-            f"--data_dir {args.data_dir} has {len(classes)} classes and {num_images} training "
-            f"images; the run was trained on {len(state.classes)} classes and {state.num_images} "
-            f"images{names}: restore the files, or start a new run in another --checkpoint_dir"
-        )
-
-
-def print_resumed(state: TrainState, args: argparse.Namespace) -> None:
-    path = args.resume or args.checkpoint_dir / LATEST
-    if state.epoch >= args.epochs:
-        print(f"{path} has finished its {state.epoch} epochs: writing its outputs again")
-        return
-    print(f"resuming {path} in epoch {state.epoch + 1}, after step {state.step}", flush=True)
-
-
-def adopt_best(state: TrainState, args: argparse.Namespace) -> None:
-    """Give a run that is resumed into another folder the best.pt of its history."""
-    if not args.resume or not is_branch(args):
-        return
-    best = args.resume.with_name(BEST)
-    try:
-        if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
-            replace_by_link(best, args.checkpoint_dir / BEST)
-    except UserError as error:  # a damaged file: as if it were missing
-        print(f"warning: {error}", flush=True)
+    state.config["epochs"] = args.epochs
 
 
 def make_resume_command(args: argparse.Namespace, context: DistributedContext) -> str:
@@ -567,6 +475,14 @@ def print_run_summary(
             f"warm-up is a tenth of it, {warmup_steps} of {total_steps} steps"
         )
     print(end="", flush=True)
+
+
+def make_weights_dir(folder: Path) -> None:
+    """Create the folder at the start: a wrong path should fail now, not after twelve days."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--weights_dir {folder}: {error.strerror}") from error
 
 
 def export(args: argparse.Namespace, state: TrainState, model: torch.nn.Module) -> None:

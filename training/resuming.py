@@ -1,0 +1,121 @@
+"""What a pretraining command continues: nothing, the run in its folder, or a checkpoint elsewhere.
+
+A checkpoint that is resumed into another folder makes a branch, which is a run of its own.
+"""
+
+import secrets
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import replace_by_link
+from training.checkpoint import BEST, LATEST, TrainState, has_checkpoint, load_checkpoint
+from training.distributed import DistributedContext
+from training.recipes import upgrade_pretrain_config
+from training.run_dir import RunDir
+
+
+def is_branch(resume: Path | None, checkpoint_dir: Path) -> bool:
+    """Whether --resume names a checkpoint in another folder than the run's."""
+    return resume is not None and resume.parent.resolve() != checkpoint_dir.resolve()
+
+
+def prepare_checkpoint_dir(run_dir: RunDir, resume: Path | None, *, overwrite: bool) -> None:
+    """Lock the folder; archive the run in it, or refuse it, unless it is the one to resume."""
+    run_dir.lock()
+    if not run_dir.contains_run():
+        return
+    if overwrite:
+        run_dir.archive(run_dir.path / "overwritten")
+    elif is_branch(resume, run_dir.path):
+        raise UserError(
+            f"{run_dir.path} already contains a run: --resume {resume} needs another "
+            "--checkpoint_dir, or --overwrite"
+        )
+    elif resume is None and not has_checkpoint(run_dir.path):
+        best = run_dir.path / BEST
+        advice = f"resume it with --resume {best}, " if best.exists() else ""
+        raise UserError(
+            f"{run_dir.path} already contains a run, without {LATEST}: {advice}archive it with "
+            "--overwrite, or choose another --checkpoint_dir"
+        )
+
+
+def load_run(
+    resume: Path | None, checkpoint_dir: Path, context: DistributedContext
+) -> tuple[TrainState, dict[str, dict], Path] | None:
+    """Load the checkpoint to continue on all ranks; None for a new run.
+
+    Returns the state, the tensors and the path they were asked for by. The state of a branch gets
+    the identity of a new run. Raises UserError where the ranks do not see the same.
+    """
+    path = resume
+    if path is None and has_checkpoint(checkpoint_dir):
+        path = checkpoint_dir / LATEST
+    found = context.gather(path is not None)
+    if any(found) and not all(found):
+        raise UserError(
+            f"some ranks do not find {checkpoint_dir / LATEST}: --checkpoint_dir must be a folder "
+            "that all machines share"
+        )
+    if path is None:
+        return None
+    state, tensors, warning = load_checkpoint(path)
+    if warning and context.is_main:
+        print(warning, flush=True)
+    if not isinstance(state.config, dict) or "micro_batches" not in state.config:
+        raise UserError(f"{path} is not a checkpoint of pretrain_imagenet.py")
+    if len(set(context.gather(state.step))) > 1:
+        # One rank fell back to the predecessor, or a dying run saved in between.
+        raise UserError(f"the ranks have read different states of {path}: start them again")
+    if is_branch(resume, checkpoint_dir):
+        state.config["run"] = secrets.token_hex(8)
+    return state, tensors, path
+
+
+def find_changed_settings(
+    recorded: dict, wanted: dict, *, amp: bool | None, ignore: set[str]
+) -> list[str]:
+    """Settings that a command line wants otherwise than a checkpoint's config, "name old → new".
+
+    wanted: the values to compare, by name.  amp: --amp, --no_amp or None.  ignore: names that may
+    differ.
+    """
+    config = upgrade_pretrain_config(recorded)
+    changed = [
+        f"{name} {config[name]} → {value}"
+        for name, value in wanted.items()
+        if name not in ignore and value != config[name]
+    ]
+    if amp is not None and amp != (config["precision"] != "fp32"):
+        changed.append(f"precision {config['precision']} → {'mixed' if amp else 'fp32'}")
+    return changed
+
+
+def check_same_data(
+    state: TrainState, classes: list[str], num_images: int, digest: str, data_dir: Path
+) -> None:
+    """Raise UserError unless the training images are those of the run, by class and name."""
+    old = state.classes, state.num_images, state.data_digest or digest
+    if old != (classes, num_images, digest):
+        names = " of other names" if len(classes) == len(state.classes) else ""
+        raise UserError(
+            f"--data_dir {data_dir} has {len(classes)} classes and {num_images} training images; "
+            f"the run was trained on {len(state.classes)} classes and {state.num_images} images"
+            f"{names}: restore the files, or start a new run in another --checkpoint_dir"
+        )
+
+
+def copy_best(state: TrainState, source: Path, target: Path) -> None:
+    """Give a branch the best.pt of its history, if the folder it comes from still has it."""
+    best = source / BEST
+    try:
+        if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
+            replace_by_link(best, target / BEST)
+    except UserError as error:  # a damaged file: as if it were missing
+        print(f"warning: {error}", flush=True)
+
+
+def describe_resumed(state: TrainState, path: Path, epochs: int) -> str:
+    if state.epoch >= epochs:
+        return f"{path} has finished its {state.epoch} epochs: writing its outputs again"
+    return f"resuming {path} in epoch {state.epoch + 1}, after step {state.step}"
