@@ -58,9 +58,9 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize of the shorter side to 256/224 of `size`, bicubic, and the centre crop of `size`.
+    """Resize the shorter side (bicubic), then crop the central `size` × `size` pixels.
 
-    `resize` is the 256: the shorter side at a crop of 224.
+    `resize` is the length of the shorter side for a crop of 224; other sizes are in proportion.
     """
 
     def __init__(self, size: int, resize: int = 256):
@@ -85,8 +85,11 @@ def _bound_aspect(image: torch.Tensor) -> torch.Tensor:
     return F.center_crop_image(image, [min(height, longer), min(width, longer)])
 
 
-def trained_transform(config: dict, size: int | None = None) -> EvalTransform:
-    """The evaluation transform of a trained network, by its config, or with another crop `size`."""
+def make_eval_transform(config: dict, size: int | None = None) -> EvalTransform:
+    """The evaluation transform that a network was trained with, or one with another crop `size`.
+
+    config: the training run's, as in its checkpoint and its weights file.
+    """
     return EvalTransform(size or config.get("img_size", 224), config.get("test_resize", 256))
 
 

@@ -22,7 +22,7 @@ from data.images import EvalSet, spot_check
 from data.loading import EvalLoader
 from data.splits import fingerprint
 from data.textures import DATASETS, load_splits
-from data.transforms import EvalTransform, trained_transform
+from data.transforms import EvalTransform, make_eval_transform
 from models.weights import load_trained
 from training.distributed import DistributedContext
 from training.engine import PRECISIONS, EvalMetrics, choose_precision, evaluate
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     fill_defaults_from_run(args, config)
     source, classes = load_data(args, config)
     check_classes(about, classes, args.data_dir)
-    transform = trained_transform(config, args.img_size)
+    transform = make_eval_transform(config, args.img_size)
     transform.resize = args.resize or transform.resize
     if transform.resize < args.img_size:
         raise UserError(f"--resize {args.resize} is smaller than the crop of {args.img_size}")

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.files import check_outputs, printable, write_atomic
 from data.images import EvalSet, ImageFiles, read_rgb
 from data.loading import EvalLoader
-from data.transforms import EvalTransform, trained_transform
+from data.transforms import EvalTransform, make_eval_transform
 from models.weights import load_trained
 from tools.find_images import check_exists, describe_ignored_files, find_images
 from training.engine import classify
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.csv:
         check_outputs([args.csv], flag="--csv", mark=MARK, inputs=[args.weights, *files])
     model, about = load_trained(args.weights)
-    transform = trained_transform(about["config"], args.img_size)
+    transform = make_eval_transform(about["config"], args.img_size)
     names = about["classes"] or [f"class {i}" for i in range(about["num_classes"])]
 
     # one line per image

@@ -23,7 +23,7 @@ from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.files import check_outputs, printable
 from data.images import read_rgb
-from data.transforms import EvalTransform, trained_transform
+from data.transforms import EvalTransform, make_eval_transform
 from models.weights import load_trained
 from sweeps.figures import mark_of
 from tools.find_images import check_exists, describe_ignored_files, find_images
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     check_outputs(pages, flag="--out", mark=mark_of(AUTHOR), inputs=inputs)
     check_outputs(tables, flag="--out", mark=",".join(COLUMNS).encode(), inputs=inputs)
 
-    reader = Reader(trained_transform(about["config"], args.img_size))
+    reader = Reader(make_eval_transform(about["config"], args.img_size))
     classes = about["classes"] or [f"class {i}" for i in range(about["num_classes"])]
     classes = [printable(name) for name in classes]
     try:
