@@ -21,3 +21,98 @@ def in_tmp(tmp_path, monkeypatch):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def tiny_network(monkeypatch):
+    """Both scripts train a network of a few hundred parameters, whatever --model says."""
+    import torch
+    from torch import nn
+
+    import pretrain_imagenet
+    import train
+
+    class TinyNetwork(nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.conv1 = nn.Conv2d(3, 8, 4, stride=4, bias=False)
+            self.bn1 = nn.BatchNorm2d(8)
+            self.fc = nn.Linear(8, num_classes)
+
+        def forward(self, images):
+            return self.fc(torch.relu(self.bn1(self.conv1(images))).mean((2, 3)))
+
+    for script in (pretrain_imagenet, train):
+        monkeypatch.setattr(
+            script, "build_model", lambda name, num_classes: TinyNetwork(num_classes)
+        )
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(step=3) or stop_after(validation=1): signal a run in this process at that moment.
+
+    The step is the global one, from 0; validations are counted from 1. A later call replaces the
+    moment, and stop_after() signals no more.
+    """
+    from training.engine import Evaluator, Trainer
+
+    train, validate = Trainer.step, Evaluator.run
+    moment, validations = {}, []
+
+    def train_and_signal(trainer, batches, *, step, lr):
+        train(trainer, batches, step=step, lr=lr)
+        if step == moment.get("step"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def validate_and_signal(evaluator, model):
+        validations.append(1)
+        if len(validations) == moment.get("validation"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(evaluator, model)
+
+    def set_moment(**named):
+        moment.clear()
+        moment.update(named)
+        validations.clear()
+
+    monkeypatch.setattr(Trainer, "step", train_and_signal)
+    monkeypatch.setattr(Evaluator, "run", validate_and_signal)
+    return set_moment
+
+
+@pytest.fixture
+def write_in_old_format():
+    """Rewrite a checkpoint as it was before TrainState, clip_norm and identifiers in recipes."""
+    import torch
+
+    old_words = {
+        "cross_entropy": "cross-entropy",
+        "binary_cross_entropy": "binary cross-entropy",
+        "cosine": "cosine over steps, after a warm-up",
+        "timm_cosine": "timm's cosine",
+    }
+
+    def write(path):
+        new = torch.load(path, weights_only=True)
+        config = {
+            name: old_words.get(value, value) if name in ("loss", "schedule") else value
+            for name, value in new["config"].items()
+            if name != "clip_norm"
+        }
+        kept = ("model", "optimizer", "scaler", "step", "classes")
+        torch.save(
+            {
+                **{name: new[name] for name in kept},
+                "config": config,
+                "rows": new["history"],
+                "sums": new["loss_sums"],
+                "clock": [new["seconds"], new["data_wait"]],
+                "broken": new["unreadable"],
+                "images": new["num_images"],
+                "data": new["data_digest"],
+            },
+            path,
+        )
+
+    return write

@@ -13,21 +13,24 @@ import pytest
 import torch
 
 import pretrain_imagenet
-from common.errors import Preempted, UserError
+from common.cli import run
+from common.errors import Diverged, Preempted, UserError
 from data.synthetic import write_imagenet_tree
 from models import build_model
 from models.weights import load_pretrained
 from training.checkpoint import load_checkpoint
-from training.distributed import World
-from training.preemption import StopRequest
+from training.distributed import DistributedContext
+from training.engine import EvalMetrics
+from training.recipes import PRETRAIN
 
+TINY = pytest.mark.usefixtures("tiny_network")
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("images_per_s", "data_wait", "seconds")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """3 classes, 18 images to train on: with a batch of 4, 4 steps an epoch."""
+    """3 classes, 18 images to train on: with a batch of 4, 4 steps per epoch."""
     root = tmp_path_factory.mktemp("tree")
     write_imagenet_tree(root, train_per_class=6, val_per_class=3, size=40, seed=0, num_classes=3)
     return root
@@ -76,10 +79,12 @@ def assert_same(one, other):
     assert not different
 
 
-def stop_at_poll(monkeypatch, poll):
-    """Ask the run to stop at the poll of that number; polls are steps and validation batches."""
-    polls = iter(range(10**9))
-    monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(polls) == poll)
+def status(folder="checkpoints"):
+    return json.loads((Path(folder) / "status.json").read_text())
+
+
+def saved(path="checkpoints/latest.pt"):
+    return load_checkpoint(Path(path))[0]
 
 
 def test_writes_what_the_guides_promise(tree, capsys):
@@ -107,7 +112,8 @@ def test_writes_what_the_guides_promise(tree, capsys):
     assert {"recipe", "command", "versions", "commit", "parameters"} <= about.keys()
 
 
-def test_log_has_one_row_an_epoch_with_the_rate_used(tree):
+@TINY
+def test_the_log_has_one_row_per_epoch_with_the_rate_used(tree):
     pretrain(tree, epochs=2, lr=64)  # 1.0 for a batch of 4: warm-up of 4 steps, cosine of 4
     lines = [json.loads(line) for line in Path("checkpoints/log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
@@ -120,13 +126,15 @@ def test_log_has_one_row_an_epoch_with_the_rate_used(tree):
         "val_loss",
         "val_top1",
         "val_top5",
+        "grad_norm",
+        "grad_norm_max",
         "images_per_s",
         "data_wait",
         "seconds",
     }
 
 
-def test_final_weights_are_the_last_epochs_and_load_as_torchvisions(tree):
+def test_the_final_weights_are_the_last_epochs_and_load_as_torchvisions(tree):
     pretrain(tree)
     latest = torch.load("checkpoints/latest.pt", weights_only=True)
     assert_same(weights(), latest["model"])
@@ -135,28 +143,106 @@ def test_final_weights_are_the_last_epochs_and_load_as_torchvisions(tree):
     )
 
 
-@pytest.mark.parametrize(
-    "model, polls",
-    [("resnet18", (2, 3)), ("twistnet18", (4, 1)), ("resnet18", (5, 2)), ("twistnet18", (7, 6))],
-)
-def test_interrupted_twice_equals_uninterrupted_to_the_bit(tree, monkeypatch, model, polls):
-    """A poll is before each of 4 steps, after them, and before each of 3 validation batches."""
+def check_interrupted_twice(tree, stop_after, *, model, first, second):
+    """Interrupted in a step or in a validation, and resumed by the same command and by --resume."""
     flags = {"model": model, "epochs": 2}
     pretrain(tree, **flags, checkpoint_dir="whole", weights_dir="whole", workers=2)
-    stop_at_poll(monkeypatch, polls[0])
+    stop_after(**first)
     with pytest.raises(Preempted, match="resume with: .*--resume checkpoints/latest.pt"):
         pretrain(tree, **flags)
-    assert json.loads(Path("checkpoints/status.json").read_text())["state"] == "preempted"
-    stop_at_poll(monkeypatch, polls[1])
+    assert status()["state"] == "preempted"
+    stop_after(**second)
     with pytest.raises(Preempted):
-        resume(tree)
-    stop_at_poll(monkeypatch, -1)
+        pretrain(tree, **flags)
+    stop_after()
     resume(tree)
     assert_same(weights(model=model), weights("whole", model))
     assert rows() == rows("whole")
-    assert json.loads(Path("checkpoints/status.json").read_text())["state"] == "finished"
+    assert status()["state"] == "finished"
 
 
+@pytest.mark.parametrize(
+    ("model", "first", "second"),
+    [("resnet18", {"step": 1}, {"step": 5}), ("twistnet18", {"validation": 1}, {"step": 6})],
+)
+def test_a_run_that_is_interrupted_twice_ends_with_the_same_bits(
+    tree, stop_after, model, first, second
+):
+    check_interrupted_twice(tree, stop_after, model=model, first=first, second=second)
+
+
+@TINY
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"step": 0}, {"step": 1}),
+        ({"step": 2}, {"validation": 1}),
+        ({"step": 3}, {"step": 4}),
+        ({"validation": 1}, {"step": 7}),
+    ],
+)
+def test_interrupted_anywhere_a_small_network_ends_with_the_same_bits(
+    tree, stop_after, first, second
+):
+    check_interrupted_twice(tree, stop_after, model="resnet18", first=first, second=second)
+
+
+@TINY
+def test_the_same_command_says_where_it_resumes(tree, stop_after, capsys):
+    stop_after(step=5)
+    with pytest.raises(Preempted):
+        pretrain(tree)
+    stop_after()
+    capsys.readouterr()
+    pretrain(tree)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "resuming checkpoints/latest.pt in epoch 2, after step 6"
+    assert [line[:8] for line in lines if line.startswith("Epoch")] == ["Epoch 2:", "Epoch 3:"]
+
+
+@TINY
+def test_the_same_command_leaves_a_finished_run_alone_and_writes_its_outputs_again(tree, capsys):
+    pretrain(tree, epochs=2)
+    latest, before = Path("checkpoints/latest.pt").read_bytes(), rows()
+    exported = Path("weights/resnet18_imagenet.pt").read_bytes()
+    for path in [*Path("weights").iterdir(), Path("checkpoints/resnet18_imagenet.pt")]:
+        path.unlink()
+    capsys.readouterr()
+    pretrain(tree, epochs=2)
+    printed = capsys.readouterr().out
+    assert "has finished its 2 epochs: writing its outputs again" in printed
+    assert "\nEpoch" not in printed and rows() == before
+    assert Path("checkpoints/latest.pt").read_bytes() == latest
+    for folder in ("weights", "checkpoints"):
+        assert (Path(folder) / "resnet18_imagenet.pt").read_bytes() == exported
+        assert (Path(folder) / "resnet18_imagenet.json").is_file()
+    assert status() == {"state": "finished", "epoch": 2}
+
+
+@pytest.mark.parametrize(
+    ("flags", "named", "difference"),
+    [
+        ([], {"epochs": 4}, "epochs 1 → 4"),
+        ([], {"lr": 0.2}, "lr 0.1 → 0.2"),
+        ([], {"batch_size": None}, "batch_size 4 → 256"),  # its default counts as well
+        ([], {"model": "seresnet18", "seed": 1}, "model resnet18 → seresnet18; seed 42 → 1"),
+        (["--clip_norm", "5"], {}, "clip_norm 0 → 5.0"),
+        (["--amp"], {}, "precision fp32 → mixed"),
+        (["--recipe", "a1"], {"batch_size": 4}, "recipe guide → a1"),
+    ],
+)
+@TINY
+def test_the_same_folder_with_other_settings_is_refused_by_name(tree, flags, named, difference):
+    pretrain(tree, "--no_amp", epochs=1)
+    before = Path("checkpoints/latest.pt").read_bytes()
+    with pytest.raises(UserError, match=r"already contains a run with other settings") as caught:
+        pretrain(tree, *flags, **{"epochs": 1, **named})
+    assert difference in str(caught.value) and "--overwrite" in str(caught.value)
+    assert Path("checkpoints/latest.pt").read_bytes() == before
+    assert status()["state"] in ("finished", "failed")
+
+
+@TINY
 def test_resume_keeps_epochs_and_schedule_and_a_finished_run_only_writes_again(tree):
     pretrain(tree, epochs=2)
     Path("weights/resnet18_imagenet.pt").unlink()
@@ -167,7 +253,7 @@ def test_resume_keeps_epochs_and_schedule_and_a_finished_run_only_writes_again(t
     assert [row["epoch"] for row in rows()] == [1, 2, 3, 4]
 
 
-def test_number_of_workers_and_compile_do_not_matter(tree, monkeypatch):
+def test_the_number_of_workers_and_compile_do_not_matter(tree, monkeypatch):
     pretrain(tree, epochs=1)
     pretrain(tree, epochs=1, workers=2, checkpoint_dir="two", weights_dir="two")
     assert_same(weights(), weights("two"))
@@ -179,7 +265,7 @@ def test_number_of_workers_and_compile_do_not_matter(tree, monkeypatch):
     assert_same(weights(), weights("compiled"))
 
 
-def test_seed_matters(tree):
+def test_the_seed_matters(tree):
     pretrain(tree, epochs=1)
     pretrain(tree, epochs=1, seed=43, checkpoint_dir="other", weights_dir="other")
     assert not torch.equal(weights()["conv1.weight"], weights("other")["conv1.weight"])
@@ -195,22 +281,26 @@ def test_seed_matters(tree):
         ["--img-size", "64"],
     ],
 )
-def test_a_flag_that_contradicts_the_checkpoint_is_refused(tree, flags):
+@TINY
+def test_a_flag_that_contradicts_the_resumed_checkpoint_is_refused(tree, flags):
     pretrain(tree, epochs=1)
-    with pytest.raises(UserError, match=f"{flags[0].replace('-size', '_size')} .*contradicts"):
+    name = flags[0].lstrip("-").replace("-", "_")
+    with pytest.raises(UserError, match=f"with other settings .*{name} .* → {flags[1]}"):
         resume(tree, *flags)
     resume(tree, "--batch_size", "4", "--lr", "0.1")  # the same values are no contradiction
 
 
+@TINY
 def test_precision_belongs_to_the_run(tree):
     pretrain(tree, "--no_amp", epochs=1)
-    with pytest.raises(UserError, match="--amp .*contradicts .*fp32"):
+    with pytest.raises(UserError, match="precision fp32 → mixed"):
         resume(tree, "--amp")
     resume(tree, "--epochs", "2")
-    assert load_checkpoint(Path("checkpoints/latest.pt"))[0]["config"]["precision"] == "fp32"
+    assert saved().config["precision"] == "fp32"
 
 
-def test_resume_of_nothing_and_of_what_is_no_checkpoint(tree):
+@TINY
+def test_resuming_nothing_or_something_else_is_refused(tree):
     with pytest.raises(UserError, match="checkpoints/latest.pt: no such file"):
         resume(tree)
     assert not Path("checkpoints").exists()
@@ -223,7 +313,8 @@ def test_resume_of_nothing_and_of_what_is_no_checkpoint(tree):
     pretrain_imagenet.main(resume_auto)  # finished: writes its outputs again
 
 
-def test_resume_after_images_were_exchanged_is_refused(tree):
+@TINY
+def test_resuming_after_images_were_exchanged_is_refused(tree):
     pretrain(tree, epochs=1)
     path = next(path for path in (tree / "train").glob("*/*"))
     path.rename(path.with_name(f"other{path.suffix}"))
@@ -231,21 +322,29 @@ def test_resume_after_images_were_exchanged_is_refused(tree):
         resume(tree, "--epochs", "2")
 
 
+@TINY
 def test_ranks_that_read_different_checkpoints_do_not_start(tree, monkeypatch):
-    class Two(World):
+    class OtherStep(DistributedContext):
         def gather(self, value):
-            return [value, value + 1] if isinstance(value, int) else [value]
+            return [value, value + 1] if type(value) is int else [value]
+
+    class NoCheckpoint(DistributedContext):
+        def gather(self, value):
+            return [value, False] if value is True else [value]
 
     pretrain(tree, epochs=1)
-    monkeypatch.setattr(
-        pretrain_imagenet, "start_processes", lambda: Two(0, 1, 0, 1, torch.device("cpu"))
-    )
-    with pytest.raises(UserError, match="ranks have read different states"):
-        resume(tree, "--epochs", "2")
+    for context, message in (
+        (OtherStep(), "ranks have read different states"),
+        (NoCheckpoint(), "some ranks do not find checkpoints/latest.pt"),
+    ):
+        monkeypatch.setattr(pretrain_imagenet, "init_distributed", lambda context=context: context)
+        with pytest.raises(UserError, match=message):
+            resume(tree, "--epochs", "2")
 
 
-def test_the_command_that_goes_on_keeps_folders_and_speed(tree, monkeypatch):
-    stop_at_poll(monkeypatch, 2)
+@TINY
+def test_the_command_that_resumes_keeps_folders_and_speed(tree, stop_after):
+    stop_after(step=1)
     with pytest.raises(
         Preempted,
         match="--resume checkpoints/latest.pt --workers 0 "
@@ -254,7 +353,8 @@ def test_the_command_that_goes_on_keeps_folders_and_speed(tree, monkeypatch):
         pretrain(tree, weights_dir="elsewhere", save_minutes=3)
 
 
-def test_resume_on_other_data_is_refused(tree, tmp_path):
+@TINY
+def test_resuming_on_other_data_is_refused(tree, tmp_path):
     pretrain(tree, epochs=1)
     write_imagenet_tree(
         tmp_path / "more", train_per_class=7, val_per_class=3, size=40, seed=0, num_classes=3
@@ -263,18 +363,159 @@ def test_resume_on_other_data_is_refused(tree, tmp_path):
         resume(tmp_path / "more")
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(tree, capsys):
+@TINY
+def test_overwrite_archives_the_old_run(tree, capsys):
     pretrain(tree, epochs=1)
     latest = Path("checkpoints/latest.pt").read_bytes()
-    with pytest.raises(UserError, match="holds a run"):
-        pretrain(tree, epochs=1)
-    assert Path("checkpoints/latest.pt").read_bytes() == latest
     pretrain(tree, "--overwrite", epochs=1, seed=1)
-    (aside,) = Path("checkpoints").glob("overwritten-*")
-    assert (aside / "latest.pt").read_bytes() == latest
-    assert str(aside) in capsys.readouterr().out
+    (archived,) = Path("checkpoints").glob("overwritten-*")
+    assert (archived / "latest.pt").read_bytes() == latest
+    assert str(archived) in capsys.readouterr().out
+    assert saved().config["seed"] == 1
 
 
+@TINY
+def test_overwrite_does_not_archive_what_torchrun_restarts(tree, monkeypatch):
+    pretrain(tree, epochs=1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="torchrun has restarted this run"):
+        pretrain(tree, "--overwrite", epochs=1)
+    assert Path("checkpoints/latest.pt").exists()
+
+
+@TINY
+def test_a_folder_with_a_run_but_without_latest_is_not_overwritten(tree):
+    pretrain(tree, epochs=2)
+    for name in ("latest.pt", "latest.prev.pt"):
+        (Path("checkpoints") / name).unlink()
+    with pytest.raises(UserError, match="without latest.pt: resume it with --resume checkpoints/b"):
+        pretrain(tree, epochs=2)
+    with pytest.raises(UserError, match="latest.pt: no such file; --resume checkpoints/best.pt is"):
+        resume(tree)
+    best = saved("checkpoints/best.pt").epoch
+    pretrain_imagenet.main(
+        ["--data_dir", str(tree), "--workers", "0", "--resume", "checkpoints/best.pt"]
+    )
+    assert len(rows()) == 2 and best <= 2 and saved().epoch == 2
+    Path("other").mkdir()
+    Path("other/log.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(UserError, match="without latest.pt: archive it with --overwrite, or choo"):
+        pretrain(tree, epochs=2, checkpoint_dir="other")
+
+
+# ------------------------------------------------------------------ branches
+
+
+def branch(tree, *flags, source="checkpoints/latest.pt"):
+    pretrain_imagenet.main(
+        ["--data_dir", str(tree), "--workers", "0", "--resume", source]
+        + ["--checkpoint_dir", "branch", *flags]
+    )
+
+
+@TINY
+def test_a_run_resumed_into_another_folder_is_another_run(tree):
+    """Its weights do not replace those of the run that it was resumed from."""
+    pretrain(tree, epochs=2)
+    first = Path("weights/resnet18_imagenet.pt").read_bytes()
+    before = Path("checkpoints/latest.pt").read_bytes()
+    branch(tree, "--epochs", "3")
+    (renamed,) = Path("weights").glob("resnet18_imagenet.2*.pt")
+    assert renamed.read_bytes() == first != Path("weights/resnet18_imagenet.pt").read_bytes()
+    assert json.loads(renamed.with_suffix(".json").read_text())["epochs"] == 2
+    assert Path("checkpoints/latest.pt").read_bytes() == before
+    assert saved("branch/latest.pt").config["run"] != saved().config["run"]
+    resume(tree)  # the first run again: the branch's weights are renamed, too
+    assert len(list(Path("weights").glob("resnet18_imagenet.2*.pt"))) == 2
+
+
+@TINY
+def test_a_branch_gets_the_best_epoch_of_its_history(tree, monkeypatch):
+    top1 = iter([90.0, 10.0, 20.0])
+    as_row = EvalMetrics.as_row
+    monkeypatch.setattr(
+        EvalMetrics, "as_row", lambda m, prefix: {**as_row(m, prefix), "val_top1": next(top1)}
+    )
+    pretrain(tree, epochs=2)
+    branch(tree, "--epochs", "3")
+    assert saved("branch/best.pt").epoch == 1
+    assert saved("branch/latest.pt").best_epoch == 1
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"damaged")])
+@TINY
+def test_a_branch_without_a_usable_best_has_one_at_its_end(tree, spoil, capsys):
+    pretrain(tree, epochs=2)
+    spoil(Path("checkpoints/best.pt"))
+    branch(tree, "--epochs", "3")
+    assert saved("branch/best.pt").epoch == 3
+    assert "branch/best.pt is missing: it will be the best epoch" in capsys.readouterr().out
+
+
+@TINY
+def test_a_finished_run_can_be_branched_without_training(tree):
+    pretrain(tree, epochs=2)
+    Path("checkpoints/best.pt").unlink()
+    branch(tree)
+    assert saved("branch/latest.pt").epoch == saved("branch/best.pt").epoch == 2
+    assert_same(weights("branch"), weights("checkpoints"))
+
+
+@TINY
+def test_a_branch_needs_a_folder_of_its_own(tree):
+    pretrain(tree, epochs=1)
+    pretrain(tree, epochs=1, checkpoint_dir="branch", seed=1)
+    before = Path("branch/latest.pt").read_bytes()
+    with pytest.raises(UserError, match="branch already contains a run: --resume checkpoints/lat"):
+        branch(tree, "--epochs", "2")
+    assert Path("branch/latest.pt").read_bytes() == before
+
+
+# ------------------------------------------------------------------ the recipe
+
+
+@TINY
+def test_the_clip_norm_of_the_recipe_and_of_the_flag_acts(tree, monkeypatch):
+    def first_epoch(*flags, name):
+        pretrain(tree, *flags, epochs=1, checkpoint_dir=name, weights_dir=name, lr=6.4)
+        return weights(name)["conv1.weight"], rows(name)[0]
+
+    free, row = first_epoch("--no_amp", "--clip_norm", "0", name="free")
+    flag, clipped_row = first_epoch("--no_amp", "--clip_norm", "0.01", name="flag")
+    monkeypatch.setitem(PRETRAIN["guide"], "clip_norm", 0.01)
+    recipe, _ = first_epoch("--no_amp", name="recipe")
+    assert torch.equal(flag, recipe) and not torch.equal(flag, free)
+    assert saved("recipe/latest.pt").config["clip_norm"] == 0.01
+    assert row["grad_norm"] > 0.01 and clipped_row["grad_norm"] > 0.01  # before clipping
+
+
+@TINY
+def test_a_checkpoint_of_the_older_format_resumes_to_the_same_bits_without_clipping(
+    tree, stop_after, write_in_old_format, monkeypatch
+):
+    pretrain(tree, "--clip_norm", "0", checkpoint_dir="whole", weights_dir="whole")
+    stop_after(step=5)
+    with pytest.raises(Preempted):
+        pretrain(tree, "--clip_norm", "0")
+    stop_after()
+    write_in_old_format(Path("checkpoints/latest.pt"))
+    monkeypatch.setitem(PRETRAIN["guide"], "clip_norm", 0.01)  # what a new run has
+    with pytest.raises(UserError, match=r"clip_norm 0 → 5\.0"):
+        pretrain(tree, "--clip_norm", "5")
+    pretrain(tree)
+    assert_same(weights(), weights("whole"))
+
+    def without_norms(rows):
+        return [{k: v for k, v in row.items() if not k.startswith("grad_norm")} for row in rows]
+
+    assert without_norms(rows()) == without_norms(rows("whole"))
+    assert rows()[2] == rows("whole")[2] and saved().config["clip_norm"] == 0
+
+
+# ------------------------------------------------------------------ weights, data, failures
+
+
+@TINY
 def test_weights_of_another_run_are_renamed(tree, capsys):
     Path("weights").mkdir()
     Path("weights/resnet18_imagenet.pt").write_bytes(b"twelve days")
@@ -283,13 +524,14 @@ def test_weights_of_another_run_are_renamed(tree, capsys):
     (old,) = Path("weights").glob("resnet18_imagenet.2*.pt")
     assert old.read_bytes() == b"twelve days" and old.with_suffix(".json").exists()
     assert (
-        f"weights/resnet18_imagenet.pt was another run's: it is now {old}"
+        f"weights/resnet18_imagenet.pt belonged to another run: it is now {old}"
         in capsys.readouterr().out
     )
     resume(tree)  # the same run writes over its own
     assert len(list(Path("weights").glob("*.pt"))) == 2
 
 
+@TINY
 def test_small_sets_and_short_runs(tree, capsys):
     pretrain(tree, epochs=2, batch_size=64, warmup_epochs=5)
     printed = capsys.readouterr().out
@@ -299,12 +541,10 @@ def test_small_sets_and_short_runs(tree, capsys):
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tree):
-    from training.loop import Diverged
-
     with pytest.raises(Diverged, match=r"not finite at epoch \d step \d+, learning rate 1"):
         pretrain(tree, lr=1e12, warmup_epochs=0)
     assert not list(Path("weights").iterdir())
-    assert json.loads(Path("checkpoints/status.json").read_text())["state"] == "diverged"
+    assert status()["state"] == "diverged"
 
 
 @pytest.mark.parametrize(
@@ -317,12 +557,12 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tree):
         (["--resume", "nothing.pt"], "nothing.pt: no such file"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(flags, message):
-    done = subprocess.run(
-        [sys.executable, ROOT / "pretrain_imagenet.py", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and message in done.stderr
+def test_bad_input_is_one_line_and_exit_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: pretrain_imagenet.main(flags))
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and message in err
 
 
 def test_a_signalled_process_saves_and_leaves_with_75(tree):
@@ -353,9 +593,9 @@ def test_a_signalled_process_saves_and_leaves_with_75(tree):
     told = time.monotonic()
     line = process.communicate()[1].strip().splitlines()[-1]
     assert process.returncode == 75 and time.monotonic() - told < 20
-    status = json.loads(Path("checkpoints/status.json").read_text())
-    assert status["state"] == "preempted" and status["message"] in line
-    words = shlex.split(status["resume"])
+    told_by_file = status()
+    assert told_by_file["state"] == "preempted" and told_by_file["message"] in line
+    words = shlex.split(told_by_file["resume"])
     assert words[:2] == ["python", "pretrain_imagenet.py"]
     epochs = str(len(rows()) + 1)
     pretrain_imagenet.main([*words[2:], "--epochs", epochs, "--workers", "0"])
@@ -384,29 +624,28 @@ def torchrun(tree, *flags):
     )
 
 
-def test_torchrun_with_two_processes_and_on_with_one(tree):
+def test_a_run_of_two_processes_is_resumed_by_one(tree):
     flags = ["--model", "twistnet18", "--img_size", "32", "--batch_size", "4", "--epochs", "2"]
     done = torchrun(tree, *flags)
     assert done.returncode == 0, done.stderr
     assert "global batch 8 (2 × 4), lr 0.003125 (0.1 × 8 / 256)" in done.stdout
     assert done.stdout.count("\nEpoch 1: val_acc") == 1
     assert len(rows()) == 2
-    two = torch.load("checkpoints/latest.pt", weights_only=True)
-    assert two["config"]["micro_batches"] == 2
-    resume(tree, "--epochs", "3")  # on one process: two micro-batches a step
-    one = torch.load("checkpoints/latest.pt", weights_only=True)
-    assert one["step"] == 3 * two["step"] // 2 and one["config"]["micro_batches"] == 2
+    two = saved()
+    assert two.config["micro_batches"] == 2
+    resume(tree, "--epochs", "3")  # on one process: two micro-batches per step
+    one = saved()
+    assert one.step == 3 * two.step // 2 and one.config["micro_batches"] == 2
 
 
 def test_validation_counts_do_not_depend_on_the_number_of_processes(tree):
     """A checkpoint that is finished but for its validation is validated by one and by two."""
     pretrain(tree, model="twistnet18", epochs=1, batch_size=2)
-    state = torch.load("checkpoints/latest.pt", weights_only=True)
-    expected = state["rows"].pop()
-    state["sums"] = [[1.0, 1.0]]
-    state["clock"] = [1.0, 0.0]
-    state["config"]["micro_batches"], state["step"] = 2, 4  # of 2 × 2 images
-    torch.save(state, "checkpoints/latest.pt")
+    content = torch.load("checkpoints/latest.pt", weights_only=True)
+    expected = content["history"].pop()
+    content.update(epoch=0, best_epoch=0, loss_sums=[[1.0, 1.0]], seconds=1.0)
+    content["config"]["micro_batches"], content["step"] = 2, 4  # of 2 × 2 images
+    torch.save(content, "checkpoints/latest.pt")
     done = torchrun(tree, "--resume", "checkpoints/latest.pt")
     assert done.returncode == 0, done.stderr
     got = rows()[0]
