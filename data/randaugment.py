@@ -1,7 +1,7 @@
 """RandAugment on whole batches: drawn per image in the workers, applied on the training device.
 
-Every image gets exactly the pixels that torchvision's RandAugment gives to it alone, on every
-device. Instead of being called once per image, each kind of operation runs once per batch, on all
+Every image gets exactly the pixels that torchvision's RandAugment gives to it alone (tested on the
+CPU). Instead of being called once per image, each kind of operation runs once per batch, on all
 images that drew it, and the host never waits for the device.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-# The private names of torchvision that this file depends on (requirements.txt pins its version):
+# The private names of torchvision that this file depends on (requirements.txt bounds its version):
 # RandAugment._AUGMENTATION_SPACE, RandAugment._apply_image_or_video_transform, RandAugment._fill.
 SPACE = v2.RandAugment._AUGMENTATION_SPACE  # operation -> (its magnitudes, whether it has a sign)
 OPS = tuple(SPACE)
