@@ -199,6 +199,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[s
         setattr(args, name, PRETRAIN[args.recipe][name])
     if args.label_smoothing >= 1:
         raise UserError("--label_smoothing must be below 1")
+    global_batch = PRETRAIN[args.recipe]["global_batch"]
+    if global_batch and global_batch % args.batch_size:
+        raise UserError(
+            f"--batch_size {args.batch_size} does not divide the {global_batch} images per step "
+            f"of --recipe {args.recipe}: use one that does, such as 256"
+        )
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite starts a new one: use only one")
     if args.overwrite and read_integer("TORCHELASTIC_RESTART_COUNT", 0):
@@ -372,14 +378,9 @@ def make_resume_command(args: argparse.Namespace, context: DistributedContext) -
 def make_config(args: argparse.Namespace, context: DistributedContext) -> dict:
     """The configuration of a new run: its recipe, flags, precision and number of micro-batches."""
     recipe = PRETRAIN[args.recipe]
-    micro_batches, remainder = context.world_size, 0
+    micro_batches = context.world_size
     if recipe["global_batch"]:
-        micro_batches, remainder = divmod(recipe["global_batch"], args.batch_size)
-    if remainder or not micro_batches:
-        raise UserError(
-            f"--batch_size {args.batch_size} does not divide the {recipe['global_batch']} images "
-            f"per step of --recipe {args.recipe}: use one that does, such as 256"
-        )
+        micro_batches = recipe["global_batch"] // args.batch_size
     return {
         **recipe,
         **{name: getattr(args, name) for name in RUN_FLAGS},

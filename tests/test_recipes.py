@@ -17,12 +17,12 @@ from data.synthetic import write_imagenet_tree
 from data.transforms import IMAGENET_MEAN, EvalTransform, make_augmentation
 from models import build_model
 from models.resnet import Block, set_stochastic_depth
-from training.engine import binary_cross_entropy
-from training.optim import OPTIMIZERS, make_schedule, warmup_steps
-from training.preemption import StopRequest
-from training.recipes import FLAGS, RECIPES, in_words
+from training.checkpoint import load_checkpoint
+from training.engine import LOSSES, Trainer, binary_cross_entropy
+from training.optim import OPTIMIZERS, SCHEDULES, count_warmup_steps, make_schedule
+from training.recipes import FLAGS, PRETRAIN, describe_recipe, upgrade_pretrain_config
 
-A1 = RECIPES["a1"]
+A1 = PRETRAIN["a1"]
 
 
 @pytest.fixture
@@ -49,8 +49,22 @@ def test_a1_as_published():
     assert EvalTransform(224, A1["test_resize"]).resize == 236
 
 
-def test_a_table_in_words():
-    assert in_words({"lr": 0.1, "global_batch": None, "randaugment": [2, 9]}) == (
+def test_every_recipe_names_what_there_is_and_has_a_clip_norm():
+    for recipe in PRETRAIN.values():
+        assert recipe["optimizer"] in OPTIMIZERS
+        assert recipe["loss"] in LOSSES and recipe["loss"].isidentifier()
+        assert recipe["schedule"] in SCHEDULES and recipe["schedule"].isidentifier()
+        assert recipe.keys() >= set(FLAGS) and recipe["clip_norm"] >= 0
+
+
+@pytest.mark.parametrize("name", PRETRAIN)
+def test_an_upgraded_configuration_of_today_is_unchanged(name):
+    config = {**PRETRAIN[name], "recipe": name, "clip_norm": 3.0}
+    assert upgrade_pretrain_config(config) == config
+
+
+def test_a_table_in_one_line():
+    assert describe_recipe({"lr": 0.1, "global_batch": None, "randaugment": [2, 9]}) == (
         "lr 0.1; randaugment [2, 9]"
     )
 
@@ -91,9 +105,11 @@ def test_schedule_is_timms_at_every_update(timm, warmup):
 
 
 def test_the_guides_schedule_is_the_one_it_names():
-    guide = make_schedule(RECIPES["guide"], base=0.8, total_steps=12, warmup_steps=4)
+    guide = make_schedule(PRETRAIN["guide"], base=0.8, total_steps=12, warmup_steps=4)
     assert [guide(step) for step in (0, 3, 8, 12)] == pytest.approx([0.2, 0.8, 0.4, 0])
-    assert warmup_steps(A1["warmup_epochs"], steps_per_epoch=625, total_steps=600 * 625) == 3125
+    assert (
+        count_warmup_steps(A1["warmup_epochs"], steps_per_epoch=625, total_steps=600 * 625) == 3125
+    )
 
 
 def test_optimizer_is_timms_lamb_with_its_groups_for_decay(timm):
@@ -140,7 +156,7 @@ def test_randaugment_is_timms_under_the_same_seed_and_leaves_the_generators_alon
     assert changed > 10
 
 
-def test_a1_draws_nothing_for_the_device_but_its_mixing(timm):
+def test_a1_draws_only_the_mixing_on_the_device(timm):
     transform, augment = make_augmentation(A1, size=32, seed=0, num_classes=3)
     crop, draws = transform(torch.randint(256, (3, 50, 60), dtype=torch.uint8))
     assert crop.shape == (3, 32, 32) and draws.shape == (0, 2)
@@ -195,12 +211,11 @@ def test_a_block_leaves_out_its_whole_branch_image_by_image(name):
 
 @pytest.fixture
 def pretrain(timm, tmp_path, monkeypatch):
-    """18 images in steps of 2 × 4: 2 steps an epoch of A1."""
+    """18 images in steps of 2 × 4: 2 steps per epoch of A1."""
     write_imagenet_tree(
         tmp_path / "tree", train_per_class=6, val_per_class=3, size=40, seed=0, num_classes=3
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.setitem(A1, "global_batch", 8)
 
     def run(*flags):
@@ -228,14 +243,13 @@ def weights(folder):
     return torch.load(Path(folder) / "resnet18_imagenet.pt", weights_only=True)
 
 
-def test_an_interrupted_a1_goes_on_to_the_same_bits(pretrain, monkeypatch, capsys):
+def test_an_interrupted_a1_resumes_to_the_same_bits(pretrain, stop_after, capsys):
     pretrain(*NEW, "--checkpoint_dir", "whole", "--weights_dir", "whole")
     assert "global batch 8 (2 × 4), lr 0.005, 2 epochs of 2 steps" in capsys.readouterr().out
-    polls = iter(range(10**9))
-    monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(polls) == 1)
+    stop_after(step=0)
     with pytest.raises(Preempted, match="epoch 1 step 1"):
         pretrain(*NEW)
-    with pytest.raises(UserError, match="--recipe guide contradicts .* was made with a1"):
+    with pytest.raises(UserError, match="other settings .*recipe a1 → guide"):
         pretrain(*RESUME, "--recipe", "guide")
     pretrain(*RESUME)
     resumed, whole = weights("weights"), weights("whole")
@@ -249,17 +263,50 @@ def test_flags_override_the_table_and_micro_batches_fill_the_step(pretrain, caps
     printed = capsys.readouterr().out
     assert "recipe a1: epochs 1; batch_size 2; global_batch 8; optimizer lamb; lr 0.003" in printed
     assert "global batch 8 (4 × 2), lr 0.003, 1 epochs of 2 steps" in printed
-    with pytest.raises(UserError, match="--batch_size 3 does not divide the 8 images of a step"):
+    with pytest.raises(UserError, match="--batch_size 3 does not divide the 8 images per step"):
         pretrain(*NEW, "--batch_size", "3", "--checkpoint_dir", "other")
     assert not Path("other").exists()
 
 
 def test_a_checkpoint_from_before_recipes_had_names_is_of_the_guide(pretrain):
     pretrain(*NEW, "--recipe", "guide", "--epochs", "1")
-    state = torch.load("checkpoints/latest.pt", weights_only=True)
+    content = torch.load("checkpoints/latest.pt", weights_only=True)
     for name in ("recipe", "optimizer", "loss", "repeats", "lr_images", "global_batch"):
-        del state["config"][name]
-    torch.save(state, "checkpoints/latest.pt")
+        del content["config"][name]
+    torch.save(content, "checkpoints/latest.pt")
     pretrain(*RESUME, "--epochs", "2")
-    with pytest.raises(UserError, match="--recipe a1 contradicts .* was made with guide"):
+    with pytest.raises(UserError, match="other settings .*recipe guide → a1"):
         pretrain(*RESUME, "--recipe", "a1")
+
+
+def test_an_a1_checkpoint_of_the_older_format_resumes_to_the_same_bits(
+    pretrain, stop_after, write_in_old_format
+):
+    pretrain(*NEW, "--checkpoint_dir", "whole", "--weights_dir", "whole")
+    stop_after(step=2)
+    with pytest.raises(Preempted, match="epoch 2 step 1"):
+        pretrain(*NEW)
+    stop_after()
+    write_in_old_format(Path("checkpoints/latest.pt"))
+    pretrain(*RESUME)
+    resumed, whole = weights("weights"), weights("whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    config = load_checkpoint(Path("checkpoints/latest.pt"))[0].config
+    assert (config["loss"], config["schedule"]) == ("binary_cross_entropy", "timm_cosine")
+
+
+def test_the_values_that_are_not_flags_act(pretrain, monkeypatch):
+    """Each of a recipe's values of training reaches the trainer."""
+    made = []
+    monkeypatch.setattr(
+        Trainer, "__post_init__", lambda t, init=Trainer.__post_init__: made.append(t) or init(t)
+    )
+    guide = [*NEW, "--recipe", "guide", "--epochs", "1", "--clip_norm", "2.5"]
+    monkeypatch.setitem(PRETRAIN["guide"], "momentum", 0.5)
+    monkeypatch.setitem(PRETRAIN["guide"], "nesterov", False)
+    monkeypatch.setitem(PRETRAIN["guide"], "label_smoothing", 0.3)
+    pretrain(*guide)
+    (trainer,) = made
+    group = trainer.optimizer.param_groups[0]
+    assert (group["momentum"], group["nesterov"]) == (0.5, False)
+    assert (trainer.clip_norm, trainer.label_smoothing) == (2.5, 0.3)

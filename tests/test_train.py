@@ -1,7 +1,7 @@
 """train.py end to end, in this process, on a few tiny textures."""
 
 import json
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,19 +9,22 @@ import pytest
 import torch
 
 import train
+from common.cli import run
 from common.errors import Preempted, UserError
 from data.synthetic import write_dtd
 from models import build_model
-from training.engine import Score
-from training.preemption import StopRequest
+from training.checkpoint import load_checkpoint
+from training.engine import EvalMetrics
+from training.loop import TrainLoop
+from training.recipes import FINETUNE
 
-ROOT = Path(__file__).resolve().parent.parent
+TINY = pytest.mark.usefixtures("tiny_network")
 RUN = Path("runs/dtd_fold1_resnet18_seed42")
 
 
 @pytest.fixture(scope="module")
 def dtd(tmp_path_factory):
-    """3 classes × 9 images, 2 folds: 9 images a split, 2 steps of 4 an epoch."""
+    """3 classes × 9 images, 2 folds: 9 images per split, 2 steps of 4 per epoch."""
     root = tmp_path_factory.mktemp("data") / "dtd"
     write_dtd(root, images_per_class=9, folds=2, size=40, seed=0, num_classes=3)
     return root
@@ -65,7 +68,7 @@ def save_weights(name, classes=5, path=None, spoil=None):
     torch.save(state, path)
 
 
-def test_results_hold_what_a_table_needs(dtd, capsys):
+def test_results_contain_what_a_table_needs(dtd, capsys):
     fine_tune(dtd)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("Epoch")] == [
@@ -97,7 +100,7 @@ def test_results_hold_what_a_table_needs(dtd, capsys):
         assert (RUN / name).is_file()
 
 
-def test_same_seed_same_bits_whatever_the_workers(dtd):
+def test_the_same_seed_gives_the_same_bits_for_any_number_of_workers(dtd):
     fine_tune(dtd)
     fine_tune(dtd, workers=2, run_dir="again")
     again = Path("again") / RUN.name
@@ -109,45 +112,116 @@ def test_same_seed_same_bits_whatever_the_workers(dtd):
     assert not same(best(), best(Path("runs/dtd_fold1_resnet18_seed43")))
 
 
-def test_interrupted_goes_on_and_finished_is_left_alone(dtd, monkeypatch, capsys):
+def check_interrupted(dtd, stop_after, capsys, **moment):
     fine_tune(dtd, run_dir="whole")
-    polls = iter(range(100))
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match="resume with: python "):
-        patch.setattr(StopRequest, "__bool__", lambda self: next(polls) == 4)
+    stop_after(**moment)
+    with pytest.raises(Preempted, match="resume with: python "):
         fine_tune(dtd)
     assert not (RUN / "results.json").exists()
+    assert json.loads((RUN / "status.json").read_text())["state"] == "preempted"
+    stop_after()
+    capsys.readouterr()
     fine_tune(dtd, run_dir=Path("runs").resolve())
     assert same(best(), best(Path("whole") / RUN.name))
     assert results()["test_predictions"] == results(Path("whole") / RUN.name)["test_predictions"]
+    return capsys.readouterr().out
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits_and_a_finished_one_is_left_alone(
+    dtd, stop_after, capsys
+):
+    printed = check_interrupted(dtd, stop_after, capsys, step=2)
+    assert f"resuming {RUN.resolve() / 'latest.pt'} in epoch 2, after step 3\n" in printed
     written = (RUN / "results.json").stat().st_mtime_ns
     fine_tune(dtd)
     assert "is finished: val_acc" in capsys.readouterr().out
     assert (RUN / "results.json").stat().st_mtime_ns == written
 
 
-def test_what_goes_on_with_a_run_does_not_overwrite_it(dtd, monkeypatch):
+@TINY
+@pytest.mark.parametrize(
+    "moment", [{"step": 0}, {"step": 1}, {"validation": 1}, {"step": 3}, {"validation": 2}]
+)
+def test_interrupted_anywhere_also_before_the_test_a_run_gives_the_same_results(
+    dtd, stop_after, capsys, moment
+):
+    check_interrupted(dtd, stop_after, capsys, **moment)
+    assert json.loads((RUN / "status.json").read_text()) == {"state": "finished", "epoch": 2}
+
+
+@TINY
+def test_the_command_that_resumes_does_not_overwrite(dtd, stop_after, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--overwrite", "--fold", "1"])
-    polls = iter(range(100))
-    monkeypatch.setattr(StopRequest, "__bool__", lambda self: next(polls) == 4)
+    stop_after(step=2)
     with pytest.raises(Preempted, match="resume with: python train.py --fold 1$"):
         fine_tune(dtd, "--overwrite")
 
 
+@TINY
 def test_the_tested_epoch_is_the_one_that_is_reported(dtd, monkeypatch):
-    fit = train.Run.fit
+    fit = TrainLoop.fit
 
-    def with_an_old_best(run):
-        fit(run)
-        state = torch.load(RUN / "best.pt", weights_only=True)
-        torch.save({**state, "rows": [*state["rows"], {}]}, RUN / "best.pt")
+    def fit_and_change_best(train_loop, state):
+        fit(train_loop, state)
+        content = torch.load(RUN / "best.pt", weights_only=True)
+        torch.save({**content, "epoch": content["epoch"] + 1}, RUN / "best.pt")
 
-    monkeypatch.setattr(train.Run, "fit", with_an_old_best)
-    with pytest.raises(UserError, match="best.pt is not the run's best epoch"):
+    monkeypatch.setattr(TrainLoop, "fit", fit_and_change_best)
+    with pytest.raises(UserError, match="best.pt is not of the best epoch, .: start again with"):
         fine_tune(dtd)
     assert not (RUN / "results.json").exists()
+    assert json.loads((RUN / "status.json").read_text())["state"] == "failed"
 
 
-def test_a_run_keeps_the_precision_it_was_begun_with(dtd, monkeypatch, capsys):
+@TINY
+def test_a_run_whose_best_is_missing_is_not_resumed(dtd, stop_after):
+    """Its test result would be that of another epoch."""
+    stop_after(step=2)
+    with pytest.raises(Preempted):
+        fine_tune(dtd)
+    stop_after()
+    (RUN / "best.pt").unlink()
+    with pytest.raises(UserError, match="best.pt, the checkpoint of the best epoch 1, is missing"):
+        fine_tune(dtd)
+    fine_tune(dtd, "--overwrite")
+    assert results()["epochs"] == 2
+
+
+@TINY
+def test_a_checkpoint_of_the_older_format_is_resumed_to_the_same_bits(
+    dtd, stop_after, write_in_old_format
+):
+    fine_tune(dtd, run_dir="whole")
+    stop_after(step=2)
+    with pytest.raises(Preempted):
+        fine_tune(dtd)
+    stop_after()
+    clip_norm = json.loads((RUN / "config.json").read_text())["clip_norm"]
+    for name in ("latest.pt", "best.pt"):
+        weights = load_checkpoint(RUN / name)[0].weights
+        write_in_old_format(RUN / name)
+        content = torch.load(RUN / name, weights_only=True)
+        content["config"]["clip_norm"], content["weights"] = clip_norm, weights
+        torch.save(content, RUN / name)
+    fine_tune(dtd)
+    whole = Path("whole") / RUN.name
+    assert same(best(), best(whole)) and results()["weights"] == results(whole)["weights"]
+
+
+@TINY
+@pytest.mark.parametrize(
+    ("name", "value"), [("clip_norm", 1e-4), ("weight_decay", 0.5), ("momentum", 0.1)]
+)
+def test_the_values_of_the_recipe_act(dtd, monkeypatch, name, value):
+    fine_tune(dtd)
+    monkeypatch.setitem(FINETUNE, name, value)
+    fine_tune(dtd, run_dir="other")
+    other = Path("other") / RUN.name
+    assert not same(best(), best(other)) and results(other)["settings"][name] == value
+
+
+@TINY
+def test_a_run_keeps_the_precision_that_it_started_with(dtd, monkeypatch, capsys):
     fine_tune(dtd, "--no_amp", epochs=1)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     fine_tune(dtd, epochs=1)  # as on a machine with another default
@@ -156,7 +230,8 @@ def test_a_run_keeps_the_precision_it_was_begun_with(dtd, monkeypatch, capsys):
         fine_tune(dtd, "--amp", epochs=1)
 
 
-def test_other_settings_are_named_and_overwrite_moves_the_old_run(dtd):
+@TINY
+def test_other_settings_are_named_and_overwrite_archives_the_old_run(dtd):
     fine_tune(dtd, epochs=1)
     with pytest.raises(UserError, match="epochs 1 → 2"):
         fine_tune(dtd)
@@ -217,10 +292,11 @@ def test_weights_that_do_not_fit_stop_before_training(dtd):
     assert not list(Path().glob("runs/*/latest.pt"))
 
 
+@TINY
 def test_no_accuracy_in_any_epoch_still_ends_with_a_test_result(dtd, monkeypatch):
     monkeypatch.setattr(
-        Score,
-        "row",
+        EvalMetrics,
+        "as_row",
         lambda self, prefix: {f"{prefix}_loss": 9.0, f"{prefix}_top1": 0.0, f"{prefix}_top5": 0.0},
     )
     fine_tune(dtd)
@@ -228,18 +304,17 @@ def test_no_accuracy_in_any_epoch_still_ends_with_a_test_result(dtd, monkeypatch
     assert results()["test_images"] == 9
 
 
+@TINY
 def test_a_broken_test_image_is_never_left_out(dtd, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(dtd, copy)
     name = (copy / "labels/test1.txt").read_text().split()[0]
     whole = (copy / "images" / name).read_bytes()
     (copy / "images" / name).write_bytes(b"")
-    with pytest.raises(UserError, match=name):  # a quick look tells
+    with pytest.raises(UserError, match=name):  # its header shows it
         fine_tune(copy)
     (copy / "images" / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=name):  # only decoding tells
+    with pytest.raises(UserError, match=name):  # only decoding shows it
         fine_tune(copy)
     assert not (RUN / "results.json").exists()
     (copy / "images" / name).write_bytes(whole)
@@ -247,19 +322,27 @@ def test_a_broken_test_image_is_never_left_out(dtd, tmp_path):
     assert results()["test_images"] == 9
 
 
-def test_bad_input_is_one_line_and_exit_2(dtd):
-    def call(*flags):
-        return subprocess.run(
-            [sys.executable, ROOT / "train.py", "--data_dir", dtd, *flags],
-            capture_output=True,
-            text=True,
-        )
-
-    for flags, message in (
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
         (["--fold", "99"], "fold 99"),
         (["--model", "vgg"], "vgg"),
         (["--pretrained", "no.pt"], "no.pt"),
-    ):
-        done = call(*flags)
-        assert done.returncode == 2
-        assert len(done.stderr.splitlines()) == 1 and message in done.stderr
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(dtd, flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(lambda: train.main(["--data_dir", str(dtd), *flags]))
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("2", "one process per run"), ("two", "WORLD_SIZE is 'two', not a number")],
+)
+def test_torchrun_is_refused(dtd, monkeypatch, value, message):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(UserError, match=message):
+        fine_tune(dtd)
