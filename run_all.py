@@ -44,7 +44,12 @@ from training.run_config import CONFIG, load_config, load_finished
 from training.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent
-SINGLE = {"--fold": "--folds", "--seed": "--seeds", "--model": "--models"}  # train.py's: ours
+# Flags of train.py that run_all.py has in another form.
+SINGLE = {
+    "--fold": "--folds",
+    "--seed": "--seeds",
+    "--model": "--models",
+}
 SLURM_MINUTES, SLURM_GPUS = 240, 1  # defaults of --time and --gpus_per_task
 
 

@@ -176,7 +176,7 @@ _LIMITS = {
     "too many open files|received 0 items of ancdata": "the limit of open files is too low for the "
     "loader workers: raise it with ulimit -n, or use fewer --workers",
     "dataloader worker .*(killed|exited unexpectedly|aborted)": "a loader worker was killed, most "
-    "likely for want of memory: use fewer --workers, or a machine with more memory",
+    "likely because memory ran out: use fewer --workers, or a machine with more memory",
 }
 _OUT_OF_MEMORY = "out of memory|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED"
 

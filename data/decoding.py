@@ -49,7 +49,7 @@ def decode_rgb(data: torch.Tensor, name: str | Path) -> torch.Tensor:
     try:
         with open_image(io.BytesIO(data.numpy())) as image:
             image = to_rgb(image)
-            # These are Pillow's own bytes, read-only, of which torch would warn.
+            # These are Pillow's own bytes, read-only, so torch would warn.
             return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
     except Exception as error:  # Pillow's plugins raise whatever their parsers raise
         raise OSError(f"{printable(name)} cannot be read as an image ({_reason(error)})") from error

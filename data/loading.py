@@ -75,10 +75,10 @@ class EvalLoader:
         self.dataset = dataset
         workers = min(workers, usable_cpus())
         check_worker_limits(workers)
-        batches: list[range] = []
+        to_load: list[range] = []  # filled below, after the workers have started
         self.loader = DataLoader(
             dataset,
-            batch_sampler=batches,
+            batch_sampler=to_load,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin_memory,
@@ -91,7 +91,7 @@ class EvalLoader:
         cut = [
             range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)
         ]
-        batches += cut[rank::world_size]
+        to_load += cut[rank::world_size]
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.loader)

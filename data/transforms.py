@@ -27,8 +27,8 @@ class TrainTransform:
     """RandomResizedCrop (bicubic) and flip of one uint8 image, and its RandAugment draws.
 
     RandomResizedCrop: Szegedy et al. 2015, arXiv:1409.4842, section 6. `scale` is the range of the
-    crop's share of the image's area; `num_ops` operations are drawn for the device to apply; `then`
-    is applied to the crop here, in the worker.
+    crop's share of the image's area; `num_ops` operations are drawn for the device to apply;
+    `post_crop` is applied to the crop here, in the worker.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class TrainTransform:
         *,
         scale: tuple[float, float] = (0.08, 1.0),
         num_ops: int = 2,
-        then: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        post_crop: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.crop = v2.RandomResizedCrop(size, scale=scale, interpolation=_BICUBIC)
-        self.num_ops, self.then = num_ops, then
+        self.num_ops, self.post_crop = num_ops, post_crop
 
     def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # Crop: torchvision's draws and kernels, without its dispatch, which takes as long.
@@ -52,8 +52,8 @@ class TrainTransform:
         crop = F.resize_image(crop, self.crop.size, interpolation=_BICUBIC, antialias=True)
         if torch.rand(1) < 0.5:
             crop = F.horizontal_flip_image(crop)
-        if self.then:
-            crop = self.then(crop)
+        if self.post_crop:
+            crop = self.post_crop(crop)
         return crop, RandAugment.draw(self.num_ops)
 
 
@@ -200,12 +200,13 @@ def make_augmentation(
     image, magnitude] for torchvision's, or the name of a policy for timm's. Raises UserError if
     timm is required and not installed.
     """
-    (num_ops, magnitude), then = (0, 0), None
+    (num_ops, magnitude), post_crop = (0, 0), None
     if isinstance(recipe["randaugment"], str):
-        then = TimmRandAugment(recipe["randaugment"], size=size, mean=IMAGENET_MEAN)
+        post_crop = TimmRandAugment(recipe["randaugment"], size=size, mean=IMAGENET_MEAN)
     else:
         num_ops, magnitude = recipe["randaugment"]
-    transform = TrainTransform(size, scale=tuple(recipe["crop_scale"]), num_ops=num_ops, then=then)
+    scale = tuple(recipe["crop_scale"])
+    transform = TrainTransform(size, scale=scale, num_ops=num_ops, post_crop=post_crop)
     return transform, Augment(
         num_classes, seed=seed, magnitude=magnitude, mixup=recipe["mixup"], cutmix=recipe["cutmix"]
     )

@@ -10,7 +10,7 @@ AIS, GroupNorm, and the backward passes of these. The tricks:
 - AIS and GroupNorm only multiply and shift each channel of an image. The factors come from the
   channels' means and mean squares, and these from 8x8 matrix products of the two looks.
 - The projection is one matrix product, and so are its gradients.
-- The backward passes are written by hand and recompute the products in place of storing them.
+- The backward passes are written by hand and recompute the products instead of storing them.
 Statistics are float32 (float64 for float64). The tests hold both paths equal.
 """
 
@@ -30,10 +30,11 @@ from models.stci import EPS, HEADS, STCI
 def is_chosen(stci: STCI) -> bool:
     """Whether gated_stci replaces gate * stci(h).
 
-    torch.compile and torch.export always trace the formulas of stci.py, and a hook on the module is
-    called with these alone.
+    torch.compile and torch.export always trace the formulas of stci.py. A module with hooks and a
+    class derived from STCI run the formulas, too.
     """
-    if torch.compiler.is_compiling() or stci._forward_hooks or stci._forward_pre_hooks:
+    has_hooks = stci._forward_hooks or stci._forward_pre_hooks
+    if torch.compiler.is_compiling() or has_hooks or type(stci) is not STCI:
         return False
     return {"plain": False, "fused": True, "auto": True}[stci.implementation]
 

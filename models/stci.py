@@ -1,18 +1,24 @@
 """Spiral-Twisted Channel Interaction (STCI): the idea of the paper as formulas, and nothing else.
 
 Four heads look in four directions: 0, 45, 90 and 135 degrees. Head k reduces C channels to r = 8,
-looks at them a second time one step along its direction, and multiplies both looks pairwise:
+blends each with its neighbour one step along the direction, and multiplies both looks pairwise:
 
-    z    = ReLU(BN(W_k h))               first look, 8 channels
-    t    = s_k (z * D_k)                 second look, shifted by a depthwise 3x3 convolution
-    p_ij = z_i / |z|  t_j / |t|          36 products, i <= j, at each position
-    f    = [z / |z|, p] of all heads     4 x (8 + 36) = 176 channels
-    out  = BN(W_p GroupNorm(f AIS(f)))   AIS: a weight in (0, 1) per channel
+    z    = ReLU(BN(W_k h))                    first look, 8 channels
+    t    = s_k (z * D_k)                      second look: a depthwise 3x3 convolution that starts
+                                              as 0.5 at the position and 0.5 at its neighbour
+    u, v = z / max(|z|, 1e-6), t / max(|t|, 1e-6)
+    p_ij = u_i v_j                            36 products, i <= j, at each position
+    f    = [u, p] of all heads                4 x (8 + 36) = 176 channels
+    out  = BN(W_p GroupNorm(f AIS(mean f)))   AIS: a weight in (0, 1) per channel
+
+The block adds sigmoid(gate) out to its main branch (models/twistnet.py).
 
 Source: TwistNet-2D: Learning Second-Order Channel Interactions via Spiral Twisting for Texture
 Recognition (Lian, Xiong, Sun, Ouyang, Zong, Yu, Fu, Rui, Yujun, Chen; 2026). The four heads are
-computed together, as 32 channels in 4 groups of 8. models/fused.py computes the same in
-less time or memory. It has every trick; this file has none.
+computed together, as 32 channels in 4 groups of 8.
+
+Training runs models/fused.py instead, which computes the same in less time or memory. To experiment
+with the formulas, derive a class from STCI or set STCI.implementation = "plain".
 """
 
 import math

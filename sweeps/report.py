@@ -9,7 +9,7 @@ from pathlib import Path
 from common.files import printable
 from common.optional import import_optional
 from sweeps.comparison import Row, confused_pairs, confusion, mistaken_images
-from sweeps.runs import NOT_HOW, Run, Sweep
+from sweeps.runs import IDENTITY_KEYS, Run, Sweep
 from sweeps.tables import accuracy_text, difference_text, p_text, table_cells, to_latex
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -170,7 +170,7 @@ def by_label(sweep: Sweep, *keys: str) -> str:
     """One value if all rows share it, else one per row."""
     found = {label: distinct(sweep.finished(label), *keys) for label in sweep.labels}
     found = {label: value for label, value in found.items() if value}
-    if len(set(found.values())) == 1 or keys[-1] in NOT_HOW:
+    if len(set(found.values())) == 1 or keys[-1] in IDENTITY_KEYS:
         return distinct(sweep.finished(), *keys)
     return "; ".join(f"{label}: {value}" for label, value in found.items())
 

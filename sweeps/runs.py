@@ -30,7 +30,7 @@ Key = tuple[int, int]  # (fold, seed)
 
 # settings that say which run it is, or where its files are: runs that differ only in these are
 # averaged (`data`, the fingerprint of the splits, differs from fold to fold)
-NOT_HOW = ("model", "fold", "seed", "data", "data_dir")
+IDENTITY_KEYS = ("model", "fold", "seed", "data", "data_dir")
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def label_groups(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
         for run in finished:
             if run.model == model:
                 same_data = as_text(data_of(run.results)) == usual[run.fold]
-                how = comparable(settings_of(run.results), NOT_HOW)
+                how = comparable(settings_of(run.results), IDENTITY_KEYS)
                 groups.setdefault(as_text([how, same_data]), []).append(run)
         largest, *rest = sorted(groups.values(), key=len, reverse=True)
         labelled += largest
@@ -308,7 +308,7 @@ def usual_data(runs: Sequence[Run], fold: int) -> str:
 
 def describe_settings(results: dict, other: dict, ignore: Sequence[str] = ()) -> str:
     """How settings differ from those of another run: "epochs 10 instead of 100, …"."""
-    changes = find_differences(settings_of(other), settings_of(results), (*NOT_HOW, *ignore))
+    changes = find_differences(settings_of(other), settings_of(results), (*IDENTITY_KEYS, *ignore))
     return ", ".join(
         f"{k} {brief(new)} instead of {brief(old)}" for k, (old, new) in changes.items()
     )

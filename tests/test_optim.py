@@ -91,7 +91,6 @@ def test_only_weights_of_convolutions_and_linear_layers_decay(name):
     [
         ({"momentum": 0.7, "nesterov": False}, {"momentum": 0.7, "nesterov": False}),
         ({"momentum": 0.8, "nesterov": True}, {"momentum": 0.8, "nesterov": True}),
-        ({"optimizer": "sgd"}, {"momentum": 0.9, "nesterov": True}),
     ],
 )
 def test_the_optimizer_is_built_from_what_a_recipe_records(values, expected):

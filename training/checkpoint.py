@@ -21,7 +21,7 @@ TENSORS = ("model", "optimizer", "scaler")  # a checkpoint's state dicts, see Tr
 
 @dataclass
 class TrainState:
-    """Everything in a checkpoint but the tensors: what the run is, and how far it has come."""
+    """Everything in a checkpoint but the tensors: what the run is, and its progress."""
 
     config: dict  # recipe and flags: what makes two runs the same run
     classes: list[str]
@@ -159,7 +159,7 @@ class Checkpointer:
     """Writes latest.pt, its predecessor and best.pt of one folder, in a thread of its own.
 
     Training continues while a checkpoint is written. Each save first joins the one before, and
-    reports if that failed; `finish` joins the last. A failed save leaves the files as they were.
+    reports if that failed; `join` waits for the last. A failed save leaves the files as they were.
     """
 
     def __init__(self, folder: Path):
@@ -215,7 +215,7 @@ class Checkpointer:
             self.pending_best = content
         try:
             write_atomic(fresh, content)
-            # best.pt first, so that latest.pt never speaks of a best epoch that is not there.
+            # best.pt first, so that latest.pt never refers to a best epoch that does not exist.
             if best:
                 replace_by_link(fresh, self.folder / BEST)
             elif self.pending_best is not None:

@@ -74,7 +74,7 @@ class TrainLoop:
         self.finish(state)
 
     def start(self, state: TrainState) -> None:
-        """Take up this rank's share of the state, and write the log as the state has it."""
+        """Restore this rank's loss sums, and rewrite the log from the state."""
         self.trainer.set_loss(*state.loss_sum_of(self.context.rank, self.context.world_size))
         if not self.context.is_main:
             return
@@ -267,7 +267,7 @@ class TrainLoop:
         message = f"{what} at {self.position(state)}, learning rate {lr:.4g}: use a smaller --lr"
         latest = self.run_dir.path / LATEST
         if latest.exists():
-            message += f" ({latest} is from before)"
+            message += f" ({latest} predates this)"
         if self.context.is_main:
             self.run_dir.write_status("diverged", message=message)
         raise Diverged(message)

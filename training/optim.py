@@ -53,13 +53,15 @@ def make_lamb(model: nn.Module, *, lr: float, weight_decay: float) -> torch.opti
 
 
 OPTIMIZERS = {"sgd": make_sgd, "lamb": make_lamb}
+# The values of a recipe that each optimizer takes.
+OPTIMIZER_OPTIONS = {"sgd": ("weight_decay", "momentum", "nesterov"), "lamb": ("weight_decay",)}
 
 
 def make_optimizer(recipe: dict, model: nn.Module, *, lr: float) -> torch.optim.Optimizer:
     """The optimizer that a recipe describes."""
-    names = {"weight_decay", "momentum", "nesterov"} & recipe.keys()
-    make = OPTIMIZERS[recipe.get("optimizer", "sgd")]
-    return make(model, lr=lr, **{name: recipe[name] for name in names})
+    name = recipe.get("optimizer", "sgd")
+    options = {option: recipe[option] for option in OPTIMIZER_OPTIONS[name]}
+    return OPTIMIZERS[name](model, lr=lr, **options)
 
 
 def lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> float:

@@ -79,7 +79,7 @@ FINETUNE = {
     "clip_norm": 1.0,
 }
 
-# What checkpoints from before clip_norm, or with values in prose, mean.
+# Old spellings in checkpoints, and their current names.
 _RENAMED = {
     "cross-entropy": "cross_entropy",
     "binary cross-entropy": "binary_cross_entropy",
@@ -89,7 +89,7 @@ _RENAMED = {
 
 
 def upgrade_pretrain_config(config: dict) -> dict:
-    """The configuration of an older pretraining checkpoint in today's words; it runs as it was."""
+    """Translate an older checkpoint's configuration to current names, without changing it."""
     name = config.get("recipe", "guide")
     upgraded = {"recipe": name, **PRETRAIN[name], "clip_norm": 0, **config}
     for name in ("loss", "schedule"):

@@ -45,7 +45,7 @@ def load_run(
 ) -> tuple[TrainState, dict[str, dict], Path] | None:
     """Load the checkpoint to continue on all ranks; None for a new run.
 
-    Returns the state, the tensors and the path they were asked for by. The state of a branch gets
+    Returns the state, the tensors and the requested path. The state of a branch gets
     the identity of a new run. Raises UserError where the ranks do not see the same.
     """
     path = resume
@@ -75,7 +75,7 @@ def load_run(
 def find_changed_settings(
     recorded: dict, wanted: dict, *, amp: bool | None, ignore: set[str]
 ) -> list[str]:
-    """Settings that a command line wants otherwise than a checkpoint's config, "name old → new".
+    """Settings of a command line that differ from a checkpoint's config, as "name old → new".
 
     wanted: the values to compare, by name.  amp: --amp, --no_amp or None.  ignore: names that may
     differ.

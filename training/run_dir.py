@@ -72,7 +72,7 @@ class RunDir:
         self._write(LOG, lambda path: write_atomic(path, text))
 
     def log_event(self, kind: str, **details) -> None:
-        """Append one line to events.jsonl. Every rank may: a line is written at once."""
+        """Append one line to events.jsonl. Safe on every rank: a line is written at once."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": kind, **details})
 
         def append(path: Path) -> None:
