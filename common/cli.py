@@ -126,7 +126,7 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
     except (Exception, KeyboardInterrupt) as error:
-        explained = _explain(error)
+        explained = explain_error(error)
         if explained is None:
             raise
         line, code = explained
@@ -170,18 +170,22 @@ class _Unbreakable:
 
 # What libraries say when the machine is at one of its limits, and what the user can do.
 _LIMITS = {
+    "too many open files|received 0 items of ancdata": "the limit of open files is too low for the "
+    "loader workers: raise it with ulimit -n, or use fewer --workers",
     "unable to allocate shared memory|unable to open shared memory|bus error|bytes in /dev/shm|"
     "insufficient shared memory": "the loader workers ran out of shared memory (/dev/shm): start "
     "the container with a larger --shm-size or --ipc=host, or use fewer --workers",
-    "too many open files|received 0 items of ancdata": "the limit of open files is too low for the "
-    "loader workers: raise it with ulimit -n, or use fewer --workers",
     "dataloader worker .*(killed|exited unexpectedly|aborted)": "a loader worker was killed, most "
     "likely because memory ran out: use fewer --workers, or a machine with more memory",
 }
-_OUT_OF_MEMORY = "out of memory|CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED"
+# Of CUDA, of cuDNN, of cuBLAS, which also fails to initialise for want of memory, and of the CPU.
+_OUT_OF_MEMORY = (
+    r"out of memory|CUDNN_STATUS_\w*ALLOC\w*_FAILED|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|"
+    "can't allocate memory|not enough memory|cannot allocate memory"
+)
 
 
-def _explain(error: BaseException) -> tuple[str, int] | None:
+def explain_error(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit code for an error; None for a bug, which deserves its traceback."""
     text = str(error)
     if isinstance(error, Busy):
@@ -200,7 +204,7 @@ def _explain(error: BaseException) -> tuple[str, int] | None:
     for pattern, advice in _LIMITS.items():
         if re.search(pattern, text, re.IGNORECASE | re.DOTALL):
             return f"error: {advice}", EXIT_FAILED
-    if re.search(_OUT_OF_MEMORY, text) or isinstance(error, MemoryError):
+    if re.search(_OUT_OF_MEMORY, text, re.IGNORECASE) or isinstance(error, MemoryError):
         detail = text.splitlines()[0] if text else "MemoryError"
         return f"error: out of memory: use a smaller --batch_size ({detail})", EXIT_FAILED
     if _is_lost_rank(error):

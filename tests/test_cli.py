@@ -1,5 +1,7 @@
-"""training/command_line.py: spellings, one-line errors, exit codes."""
+"""common/cli.py: spelling of flags, one-line errors, exit codes, outputs that close."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import cli
 from common.cli import Parser, add_amp_flags, at_least, run
-from common.errors import Diverged, Preempted, UserError
-from training import command_line
+from common.errors import Busy, Diverged, Preempted, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def parser():
     parser.add_argument("--fold", type=at_least(1), default=1, help="which split")
     parser.add_argument("--gap", type=at_least(0), default=0, help="none")
     parser.add_argument("--resume", type=Path, help="checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="anew")
+    parser.add_argument("--overwrite", action="store_true", help="start again")
     add_amp_flags(parser.add_argument_group("speed"))
     return parser
 
@@ -51,7 +55,7 @@ def test_the_command_line_of_the_process_is_the_default(parser, monkeypatch):
     ("words", "expected"),
     [([], None), (["--amp"], True), (["--no_amp"], False), (["--no-amp"], False)],
 )
-def test_amp_is_asked_for_or_refused_or_neither(parser, words, expected):
+def test_amp_is_requested_or_refused_or_neither(parser, words, expected):
     assert parser.parse_args(words).amp is expected
 
 
@@ -59,12 +63,12 @@ def test_amp_is_asked_for_or_refused_or_neither(parser, words, expected):
     ("words", "expected"),
     [
         ([], set()),
-        (["--batch-size", "32"], {"batch_size"}),  # its default, given all the same
+        (["--batch-size", "32"], {"batch_size"}),  # its default, but given
         (["--overwrite", "--no-amp"], {"overwrite", "amp"}),
         (["--data_dir=x", "--resume", "y"], {"data_dir", "resume"}),
     ],
 )
-def test_given_names_what_the_command_line_says(parser, words, expected):
+def test_given_names_the_flags_of_the_command_line(parser, words, expected):
     assert parser.given(words) == expected
 
 
@@ -109,17 +113,17 @@ def test_help_shows_every_default_and_keeps_the_description(parser, capsys):
         assert "default:" not in lines[silent]
 
 
-class OwnError(ValueError):
+class OwnError(UserError):
     pass
 
 
-def outcome(error, capsys, *usage_errors):
+def outcome(error, capsys):
     def main():
         if error is not None:
             raise error
 
     with pytest.raises(SystemExit) as caught:
-        run(main, *usage_errors)
+        run(main)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == (error is not None)
     return caught.value.code, err
@@ -133,7 +137,8 @@ def outcome(error, capsys, *usage_errors):
         (UserError("bad flag"), 2, "error: bad flag\n"),
         (OwnError("bad data"), 2, "error: bad data\n"),
         (Diverged("the loss is not finite"), 1, "error: the loss is not finite\n"),
-        (Preempted("preempted, go on"), 75, "preempted, go on\n"),
+        (Busy("it is in use"), 3, "error: it is in use\n"),
+        (Preempted("preempted, resume"), 75, "preempted, resume\n"),
         (
             OSError(28, "No space left on device", "results.json"),
             1,
@@ -143,28 +148,121 @@ def outcome(error, capsys, *usage_errors):
     ],
 )
 def test_exit_codes_and_their_one_line(capsys, error, code, line):
-    assert outcome(error, capsys, OwnError) == (code, line)
+    assert outcome(error, capsys) == (code, line)
 
 
-def test_out_of_memory_names_the_flag(capsys):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore\nlines")
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"),
+        (torch.AcceleratorError, "CUDA error: out of memory"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        (RuntimeError, "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        (RuntimeError, "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling x"),
+        (RuntimeError, "NCCL error in: x.cpp:1, unhandled cuda error, 'out of memory'"),
+        (RuntimeError, "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate "
+         "memory: you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)"),
+        (MemoryError, ""),
+    ],
+)  # fmt: skip
+def test_out_of_memory_is_one_line_that_names_the_flag(capsys, kind, text):
+    error = kind(f"{text}\nmore\nlines" if text else "")
     code, line = outcome(error, capsys)
-    assert code == 1 and "--batch_size" in line and "2 GiB" in line and "more" not in line
+    assert code == 1 and line.startswith("error: out of memory: use a smaller --batch_size (")
+    assert text in line and "more" not in line
 
 
-def test_a_bug_keeps_its_traceback():
-    def main():
-        raise ZeroDivisionError
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)",
+         "--shm-size or --ipc=host, or use fewer --workers"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+         "dataloader's workers are out of shared memory. Please try to raise your limit.",
+         "--shm-size"),
+        ("unable to open shared memory object </torch_1> in read-write mode: Too many open files",
+         "ulimit -n, or use fewer --workers"),
+        ("received 0 items of ancdata", "ulimit -n, or use fewer --workers"),
+        ("Caught OSError in DataLoader worker process 1.\n[Errno 24] Too many open files: 'x'",
+         "ulimit -n"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "memory ran out: use fewer --workers"),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "memory ran out: use fewer --workers"),
+    ],
+)  # fmt: skip
+def test_a_limit_of_the_machine_is_one_line_that_names_it_and_the_flag(capsys, text, flags):
+    for kind in (RuntimeError, OSError):
+        code, line = outcome(kind(text), capsys)
+        assert code == 1 and line.startswith("error: ") and flags in line
 
-    with pytest.raises(ZeroDivisionError):
-        run(main)
-    with pytest.raises(OwnError):  # nor is an error of a package that the script did not name
-        run(lambda: (_ for _ in ()).throw(OwnError()))
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:1",
+        "NCCL communicator was aborted on rank 0.",
+    ],
+)
+def test_a_lost_rank_is_one_line(capsys, text):
+    code, line = outcome(RuntimeError(text), capsys)
+    assert code == 1 and line.startswith("error: another rank has died: resume from latest.pt")
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError(), RuntimeError("size mismatch"), ValueError()]
+)
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        run(lambda: (_ for _ in ()).throw(error))
+
+
+@pytest.mark.parametrize(
+    ("error", "max_restarts", "told"),
+    [
+        (UserError("x"), "3", True),
+        (Diverged("x"), "3", True),
+        (RuntimeError("CUDA out of memory"), "3", True),
+        (UserError("x"), "0", False),
+        (UserError("x"), None, False),
+        (Busy("x"), "3", False),  # the other process may be about to end
+        (Preempted("x"), "3", False),
+        (OSError(5, "Input/output error"), "3", False),  # may work the next time
+    ],
+)
+def test_torchrun_is_told_to_stop_where_a_restart_would_fail_again(
+    capsys, monkeypatch, error, max_restarts, told
+):
+    signals = []
+    monkeypatch.setattr(cli.os, "kill", lambda *args: signals.append(args))
+    if max_restarts:
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", max_restarts)
+    outcome(error, capsys)
+    assert signals == ([(os.getppid(), signal.SIGTERM)] if told else [])
+
+
+def test_torchrun_does_not_restart_a_run_that_is_out_of_memory(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from common.cli import run\n"
+        "def main():\n"
+        "    with open('starts', 'a') as file:\n"
+        "        file.write('x')\n"
+        "    raise RuntimeError('CUDA error: out of memory')\n"
+        "run(main)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts=3"]
+    done = subprocess.run(
+        [*torchrun, "--monitor_interval=0.1", str(script)], capture_output=True, text=True
+    )
+    assert done.returncode != 0 and Path("starts").read_text() == "x"
+    assert "error: out of memory: use a smaller --batch_size" in done.stderr
 
 
 def test_other_ranks_wait_before_they_speak(capsys, monkeypatch):
     slept = []
-    monkeypatch.setattr(command_line.time, "sleep", slept.append)
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", "0")
     outcome(UserError("x"), capsys)
     assert slept == []
@@ -173,7 +271,7 @@ def test_other_ranks_wait_before_they_speak(capsys, monkeypatch):
     assert len(slept) == 1
 
 
-def test_a_reader_that_leaves_is_no_traceback():
+def test_a_reader_that_leaves_causes_no_traceback():
     code = (
         "from common.cli import run\n"
         "run(lambda: [print('x' * 1000, flush=True) for _ in range(1000)])"
@@ -182,7 +280,76 @@ def test_a_reader_that_leaves_is_no_traceback():
         f'{sys.executable} -c "{code}" | head -n 1',
         shell=True,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         capture_output=True,
     )
     assert done.stdout == "x" * 1000 + "\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_text_that_the_terminal_cannot_show_does_not_end_a_program(encoding):
+    code = "from common.cli import run\nrun(lambda: print('2 × 4 images → μ'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0 and done.stderr == b""
+    assert done.stdout.decode(encoding).startswith("2 ") and b"images" in done.stdout
+
+
+def closed_pipe():
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+def closed_terminal():
+    master, terminal = os.openpty()
+    os.close(master)
+    return os.fdopen(terminal, "w")
+
+
+@pytest.mark.parametrize("open_closed", [closed_pipe, closed_terminal])
+def test_a_closed_output_does_not_end_a_program(monkeypatch, open_closed):
+    stream = open_closed()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    cli.ignore_closed_output()
+    cli.ignore_closed_output()  # by run and by StopRequest
+    for _ in range(3):
+        print("x" * 100_000, flush=True)
+        print("y", file=sys.stderr)
+    assert sys.stdout.isatty() is False  # the rest of a stream is there
+    stream.close()
+
+
+def test_a_full_disk_behind_the_output_is_still_an_error(monkeypatch):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full, which Linux has")
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        cli.ignore_closed_output()
+        with pytest.raises(OSError, match="No space left"):
+            print("x" * 100_000, flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def test_an_interrupted_program_whose_output_is_closed_still_exits_with_130():
+    """Ctrl-C of `... 2>&1 | tee log` ends the tee as well."""
+    code = (
+        "import os\nfrom common.cli import run\n"
+        "def main():\n"
+        "    print('x')\n"
+        "    raise KeyboardInterrupt\n"
+        "run(main)"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=writing, env=buffered
+    )
+    os.close(writing)
+    assert done.returncode == 130

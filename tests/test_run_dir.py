@@ -191,9 +191,10 @@ def test_a_run_that_said_how_it_ended_was_not_killed(tmp_path):
     ("error", "message"),
     [
         (UserError("two\n lines"), "two lines"),
-        (RuntimeError("CUDA out of memory"), "CUDA out of memory"),
+        (RuntimeError("size mismatch\nin x"), "size mismatch in x"),
+        (MemoryError(), "out of memory: use a smaller --batch_size (MemoryError)"),
         (OSError(28, "No space left on device", "x"), "[Errno 28] No space left on device: 'x'"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (KeyboardInterrupt(), "interrupted"),
         (SystemExit(3), "3"),
     ],
 )

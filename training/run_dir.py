@@ -14,6 +14,7 @@ import numpy
 import torch
 import torchvision
 
+from common.cli import explain_error
 from common.errors import Diverged, Preempted
 from common.files import (
     open_lock,
@@ -93,7 +94,8 @@ class RunDir:
             raise  # the loop has written these
         except BaseException as error:
             if active:
-                message = " ".join(str(error).split()) or type(error).__name__
+                line, _ = explain_error(error) or (str(error) or type(error).__name__, None)
+                message = " ".join(line.removeprefix("error: ").split())
                 self.write_status("failed", message=message)
             raise
 

@@ -1,0 +1,97 @@
+"""training/distributed.py: torchrun's environment, whole, incomplete or wrong."""
+
+import pytest
+import torch
+
+from common.errors import UserError
+from training.distributed import DistributedContext, init_distributed
+
+VARIABLES = [
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for name in (*RANKS, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def with_environment(monkeypatch, **variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return init_distributed()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "", "MASTER_PORT": ""},
+    ],
+)
+def test_one_process_needs_no_variables(monkeypatch, variables):
+    context = with_environment(monkeypatch, **variables)
+    assert context == DistributedContext()
+    assert context.is_main and context.device.type == "cpu"
+    assert context.sum([1.5, 2]) == [1.5, 2] and context.max([3]) == [3]
+    assert context.gather("x") == ["x"]
+    context.barrier()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE is 2 but MASTER_ADDR and MASTER_PORT not"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, "but MASTER_PORT not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "", "MASTER_PORT": "1"},
+            "but MASTER_ADDR not set: start the script with torchrun, or unset RANK and WORLD_SIZE",
+        ),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number: unset it"),
+        ({"RANK": "-1"}, "RANK is '-1', not a number"),
+        ({"LOCAL_RANK": "0.5"}, "LOCAL_RANK is '0.5', not a number"),
+        ({"LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE is 'all', not a number"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "y"},
+            "MASTER_PORT is 'y', not a number",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK is 2 and WORLD_SIZE 2: start the script with torchrun, or unset both",
+        ),
+        (
+            {"WORLD_SIZE": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK is 0 and WORLD_SIZE 0",
+        ),
+    ],
+)
+def test_incomplete_or_wrong_variables_are_one_line(monkeypatch, variables, message):
+    with pytest.raises(UserError, match=message) as caught:
+        with_environment(monkeypatch, **variables)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_processes_than_gpus_is_one_line_that_names_both(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with pytest.raises(
+        UserError, match="started 4 processes .* has 2 visible GPUs: use --nproc_per_node=2"
+    ):
+        with_environment(
+            monkeypatch, RANK="2", LOCAL_RANK="2", WORLD_SIZE="4", LOCAL_WORLD_SIZE="4"
+        )
+    assert chosen == []
+    assert with_environment(monkeypatch, LOCAL_RANK="1", WORLD_SIZE="1").device.index == 1
+    assert chosen == [torch.device("cuda", 1)]
