@@ -28,9 +28,9 @@ from data.loading import EvalLoader, TrainLoader
 from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import digest_of
 from data.transforms import EvalTransform, make_augmentation
-from models import MODELS, build_model
-from models.resnet import set_stochastic_depth
+from models import CHOICES, build_model, model_name
 from models.twistnet import read_gates
+from models.weights import weights_stem
 from training.checkpoint import (
     LATEST,
     TrainState,
@@ -99,9 +99,9 @@ def make_parser() -> Parser:
     recipe.add_argument(
         "--model",
         default="twistnet18",
-        choices=MODELS,
+        type=model_name,
         metavar="NAME",
-        help=f"network to train: {', '.join(MODELS)}",
+        help=f"network to train: {CHOICES}",
     )
     recipe.add_argument("--epochs", type=at_least(1), metavar="N", help="number of training epochs")
     recipe.add_argument(
@@ -278,7 +278,12 @@ def main(argv: list[str] | None = None) -> None:
 
         # The network, and what trains it.
         torch.manual_seed(args.seed)
-        model = build_model(args.model, len(classes))
+        model = build_model(
+            args.model,
+            len(classes),
+            img_size=args.img_size,
+            stochastic_depth=config["stochastic_depth"],
+        )
         lr = args.lr
         if config["lr_images"]:
             lr = args.lr * sampler.global_batch / config["lr_images"]
@@ -293,7 +298,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         schedule = {"base": lr, "total_steps": total_steps, "warmup_steps": warmup_steps}
         if context.is_main:
-            print_run_summary(config, sampler, len(val), model, train_loader.workers, **schedule)
+            print_run_summary(
+                config, sampler, len(val), state, model, train_loader.workers, **schedule
+            )
 
         # Training.
         TrainLoop(
@@ -422,8 +429,7 @@ def make_sampler(num_images: int, config: dict, context: DistributedContext) -> 
 def make_trainer(
     config: dict, model: torch.nn.Module, context: DistributedContext, augment, *, lr: float
 ) -> Trainer:
-    """The network on its device, with the optimizer, loss and stochastic depth of its recipe."""
-    set_stochastic_depth(model, config["stochastic_depth"])
+    """The network on its device, with the optimizer and loss of its recipe."""
     model.to(context.device, memory_format=torch.channels_last)
     return Trainer(
         model,
@@ -442,6 +448,7 @@ def print_run_summary(
     config: dict,
     sampler: StepSampler,
     num_val_images: int,
+    state: TrainState,
     model: torch.nn.Module,
     workers: int,
     *,
@@ -452,7 +459,7 @@ def print_run_summary(
     """Print what is about to be trained, in lines that can be compared between runs."""
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{config['model']}: {parameters:,} parameters, {model.fc.out_features} classes, "
+        f"{config['model']}: {parameters:,} parameters, {len(state.classes)} classes, "
         f"{sampler.num_images:,} training and {num_val_images:,} validation images"
     )
     values = {name: config[name] for name in PRETRAIN[config["recipe"]]}
@@ -500,7 +507,7 @@ def export(args: argparse.Namespace, state: TrainState, model: torch.nn.Module) 
         "recipe": state.config,
         "seed": args.seed,
     }
-    write_weights(model, record, f"{args.model}_imagenet", [args.checkpoint_dir, args.weights_dir])
+    write_weights(model, record, weights_stem(args.model), [args.checkpoint_dir, args.weights_dir])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from common.cli import Parser, at_least, run
 from common.errors import Preempted, UserError
 from common.processes import usable_cpus
 from data.images import spot_check
-from models import MODELS, build_model
+from models import CHOICES, MODELS, build_model, is_timm, model_name
 from models.weights import load_pretrained
 from sweeps.launching import (
     BUSY,
@@ -61,7 +61,7 @@ def make_parser() -> Parser:
         type=model_names,
         default="resnet18,twistnet18",
         metavar="A,B",
-        help=f"networks to compare, out of {', '.join(MODELS)}",
+        help=f"networks to compare, out of {CHOICES}",
     )
     sweep.add_argument(
         "--folds",
@@ -143,12 +143,12 @@ def make_parser() -> Parser:
 def model_names(text: str) -> list[str]:
     """An argparse type: "resnet18,twistnet18" → ["resnet18", "twistnet18"]."""
     found = [name for name in text.split(",") if name]
-    unknown = [name for name in found if name not in MODELS]
+    unknown = [name for name in found if name not in MODELS and not is_timm(name)]
     if unknown or not found or len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of different models out of {', '.join(MODELS)}"
+            f"{text!r} is not a list of different models out of {CHOICES}"
         )
-    return found
+    return [model_name(name) for name in found]
 
 
 def numbers(text: str) -> list[int]:
@@ -236,7 +236,8 @@ def make_plan(args, forwarded: list[str]) -> Plan:
         words = run_words(args, forwarded, args.models[0], fold, args.seeds[0])
         splits[fold] = train.load_data(train.make_parser().parse_args(words))
     spot_check(splits[args.folds[0]].val)
-    check_weights(args.models, len(splits[args.folds[0]].classes), first.pretrained)
+    num_classes = len(splits[args.folds[0]].classes)
+    check_weights(args.models, num_classes, first.pretrained, first.img_size)
 
     # every run
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -264,12 +265,12 @@ def run_words(args, forwarded: list[str], model: str, fold: int, seed: int) -> l
     return [*forwarded, *own, "--run_dir", str(args.run_dir)]
 
 
-def check_weights(models: list[str], num_classes: int, pretrained: str) -> None:
+def check_weights(models: list[str], num_classes: int, pretrained: str, img_size: int) -> None:
     """Load the weights of each model once, as a check, and say in one line what they are."""
     for model in models:
-        network = build_model(model, num_classes)
+        network = build_model(model, num_classes, img_size=img_size)
         with contextlib.redirect_stdout(io.StringIO()):  # each run's output.log has the details
-            weights = load_pretrained(network, model, pretrained)
+            weights = load_pretrained(network, model, pretrained, img_size=img_size)
         source = "random weights" if weights["source"] == "none" else weights["source"]
         print(f"{model} starts from {source}", flush=True)
 

@@ -23,11 +23,12 @@ from common.processes import read_integer, usable_cpus
 from data.cache import with_pixel_cache
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.loading import EvalLoader, TrainLoader
-from data.sampling import StepSampler, check_batch_norm
+from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import Splits, fingerprint
 from data.textures import DATASETS, download_dtd, load_splits
 from data.transforms import EvalTransform, make_augmentation
-from models import MODELS, build_model
+from models import CHOICES, build_model, model_name
+from models.macs import count_macs
 from models.twistnet import read_gates
 from models.weights import load_pretrained, weights_identity
 from training import run_config
@@ -109,15 +110,16 @@ def make_parser() -> Parser:
     recipe.add_argument(
         "--model",
         default="twistnet18",
-        choices=MODELS,
+        type=model_name,
         metavar="NAME",
-        help=f"network to train: {', '.join(MODELS)}",
+        help=f"network to train: {CHOICES}",
     )
     recipe.add_argument(
         "--pretrained",
         default="auto",
         metavar="auto|none|PATH",
-        help="initial weights: auto finds weights/<model>_imagenet.pt, none trains from scratch",
+        help="initial weights: auto finds weights/<model>_imagenet.pt (weights/timm-NAME_imagenet"
+        ".pt for timm/NAME, else timm's own weights), none trains from scratch",
     )
     recipe.add_argument(
         "--seed",
@@ -238,9 +240,11 @@ def main(argv: list[str] | None = None) -> None:
 
         # The network, and what trains it.
         torch.manual_seed(args.seed)
-        model = build_model(args.model, len(splits.classes))
+        model = build_model(args.model, len(splits.classes), img_size=args.img_size)
         if not tensors:
-            state.weights = load_pretrained(model, args.model, args.pretrained)
+            state.weights = load_pretrained(
+                model, args.model, args.pretrained, img_size=args.img_size
+            )
         model.to(context.device, memory_format=torch.channels_last)
         trainer = Trainer(
             model,
@@ -250,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             augment,
             label_smoothing=FINETUNE["label_smoothing"],
             clip_norm=FINETUNE["clip_norm"],
+            seed_forward=lambda step, micro: seed_network(args.seed, step, micro, 2),
         )
         if tensors:
             load_tensors(trainer, tensors)
@@ -423,6 +428,7 @@ def make_results(
         "settings": {name: value for name, value in config.items() if name != "weights"},
         "weights": state.weights,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "gmacs": count_macs(model, args.img_size) / 1e9,
         "seconds": sum(row["seconds"] for row in state.history),
         **provenance(),
     }

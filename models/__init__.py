@@ -1,11 +1,13 @@
-"""The six networks, by name."""
+"""The six networks by name, and timm's as timm/NAME."""
 
+import argparse
 from collections.abc import Callable
 
 from torch import nn
 
 from common.errors import UserError
-from models.resnet import resnet18, seresnet18
+from models.resnet import resnet18, seresnet18, set_stochastic_depth
+from models.timm_models import PREFIX, build_timm, check_timm_name, is_timm
 from models.twistnet import (
     twistnet18,
     twistnet18_first_order,
@@ -23,14 +25,46 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
-    """Build a network of MODELS with random weights; models.weights.load_pretrained fills it.
+CHOICES = f"{', '.join(MODELS)}, or {PREFIX}NAME for a network of timm (pip install timm)"
 
-    With num_classes=0 it has no classifier and returns the pooled features, [B, 512].
-    Raises UserError for a name that MODELS does not have.
+
+def check_model_name(name: str) -> None:
+    """Raise UserError for a name that is neither in MODELS nor timm/ and a network of timm."""
+    if is_timm(name):
+        check_timm_name(name)
+    elif name not in MODELS:
+        raise UserError(f"--model: there is no model {name!r}; choose from {CHOICES}")
+
+
+def model_name(text: str) -> str:
+    """An argparse type: the name of a network."""
+    try:
+        check_model_name(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def build_model(
+    name: str, num_classes: int, *, img_size: int | None = None, stochastic_depth: float = 0.0
+) -> nn.Module:
+    """Build a network with random weights; models.weights.load_pretrained fills it.
+
+    Args:
+        name: one of MODELS, or timm/NAME.
+        num_classes: 0 leaves the classifier out: the network returns the pooled features, of
+            ours [B, 512].
+        img_size: side of the images in pixels, for those of timm's networks whose size is fixed.
+        stochastic_depth: share of images that skip the last residual branch in training; with 0
+            timm's networks keep their own.
+
+    Raises UserError for a name that there is no network of, and for sizes that it does not take.
     """
-    if name not in MODELS:
-        raise UserError(f"--model: there is no model {name!r}; choose from {', '.join(MODELS)}")
+    check_model_name(name)
     if num_classes < 0:
         raise UserError(f"a network cannot have {num_classes} classes")
-    return MODELS[name](num_classes)
+    if is_timm(name):
+        return build_timm(name, num_classes, img_size=img_size, stochastic_depth=stochastic_depth)
+    model = MODELS[name](num_classes)
+    set_stochastic_depth(model, stochastic_depth)
+    return model

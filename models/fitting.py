@@ -1,6 +1,6 @@
 """Compare tensors by name with the networks, and load what fits."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -8,9 +8,15 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from models import MODELS
+from models.timm_models import classifier_tensors, is_timm
 
-HEAD = ("fc.weight", "fc.bias")  # the classifier, which a comparison leaves out
+HEAD = ("fc.weight", "fc.bias")  # the classifier of our networks
 SHOWN = 4  # names in an error before "..."
+
+
+def head_of(name: str) -> tuple[str, ...]:
+    """The names of the classifier's tensors, which a comparison leaves out."""
+    return classifier_tensors(name) if is_timm(name) else HEAD
 
 
 def tensor_shapes(name: str) -> dict[str, torch.Size]:
@@ -20,7 +26,7 @@ def tensor_shapes(name: str) -> dict[str, torch.Size]:
 
 
 def compare_tensors(
-    tensors: dict[str, Tensor], wanted: dict[str, torch.Size]
+    tensors: dict[str, Tensor], wanted: dict[str, torch.Size], head: Collection[str] = HEAD
 ) -> tuple[list[str], list[str], list[str]]:
     """The names that are missing, unexpected, and of another shape, without the classifier's."""
     missing = [
@@ -31,7 +37,7 @@ def compare_tensors(
     ]
     unexpected = [name for name in tensors if name not in wanted]
     misshapen = [name for name, x in tensors.items() if x.shape != wanted.get(name, x.shape)]
-    return tuple([n for n in names if n not in HEAD] for names in (missing, unexpected, misshapen))
+    return tuple([n for n in names if n not in head] for names in (missing, unexpected, misshapen))
 
 
 def recognise(tensors: dict[str, Tensor], names: Iterable[str]) -> str | None:
@@ -42,10 +48,18 @@ def recognise(tensors: dict[str, Tensor], names: Iterable[str]) -> str | None:
     return None
 
 
-def misfit_error(path: Path, tensors: dict[str, Tensor], name: str) -> UserError:
-    """The error that says which tensors of a file do not fit the network `name`."""
-    wanted = tensor_shapes(name)
-    missing, unexpected, misshapen = compare_tensors(tensors, wanted)
+def misfit_error(
+    path: Path,
+    tensors: dict[str, Tensor],
+    name: str,
+    wanted: dict[str, torch.Size] | None = None,
+) -> UserError:
+    """The error that says which tensors of a file do not fit the network `name`.
+
+    wanted: the network's own names and shapes, where they depend on more than its name.
+    """
+    wanted = wanted or tensor_shapes(name)
+    missing, unexpected, misshapen = compare_tensors(tensors, wanted, head_of(name))
     misshapen = [f"{n} {tuple(tensors[n].shape)} not {tuple(wanted[n])}" for n in misshapen]
     problems = [
         f"{len(found)} {word} ({first_few(found)})"
@@ -61,7 +75,13 @@ def misfit_error(path: Path, tensors: dict[str, Tensor], name: str) -> UserError
     return UserError(f"{path} does not fit {name}: {', '.join(problems)}{hint}")
 
 
-def load_fitting(model: nn.Module, tensors: dict[str, Tensor], *, keep_head: bool) -> list[str]:
+def load_fitting(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    *,
+    keep_head: bool,
+    head: Collection[str] = HEAD,
+) -> list[str]:
     """Load every tensor whose name and shape fit, and return their names.
 
     The classifier is loaded with keep_head alone, even where its shape fits.
@@ -70,7 +90,7 @@ def load_fitting(model: nn.Module, tensors: dict[str, Tensor], *, keep_head: boo
     fitting = {
         name: x
         for name, x in tensors.items()
-        if name in own and x.shape == own[name].shape and (keep_head or name not in HEAD)
+        if name in own and x.shape == own[name].shape and (keep_head or name not in head)
     }
     if not fitting:
         raise UserError("the weights have no tensor that fits the network: 0 layers loaded")
@@ -78,10 +98,12 @@ def load_fitting(model: nn.Module, tensors: dict[str, Tensor], *, keep_head: boo
     return list(fitting)
 
 
-def check_head(model: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
+def check_head(
+    model: nn.Module, path: Path, tensors: dict[str, Tensor], head: Collection[str] = HEAD
+) -> None:
     """Raise UserError unless the file's classifier has the shape of the network's."""
     own = model.state_dict()
-    for name in HEAD:
+    for name in head:
         have = tuple(tensors[name].shape) if name in tensors else "missing"
         want = tuple(own[name].shape) if name in own else "absent"
         if have != want:

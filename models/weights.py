@@ -7,8 +7,23 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import read_json, sha256
-from models import MODELS
-from models.fitting import HEAD, check_head, load_fitting, misfit_error, recognise, shorten
+from models import MODELS, build_model
+from models.fitting import (
+    check_head,
+    compare_tensors,
+    head_of,
+    load_fitting,
+    misfit_error,
+    recognise,
+    shorten,
+)
+from models.timm_models import (
+    check_size,
+    fetch_published,
+    fit_to_size,
+    is_timm,
+    published_source,
+)
 from models.torchvision_weights import SOURCE, fetch_resnet18, load_resnet, load_twistnet_stem
 from models.weights_file import WeightsFile, read_bytes, read_weights
 
@@ -26,25 +41,38 @@ PARTIAL = {
 # ---------------------------------------------------------------- finding
 
 
+def weights_stem(name: str) -> str:
+    """The name of a network's weights file without its .pt: timm/x is timm-x_imagenet."""
+    return f"{name.replace('/', '-')}_imagenet"
+
+
+def title_of(name: str) -> str:
+    """What the printed lines call a network."""
+    return name if is_timm(name) else TITLES.get(name, "TwistNet")
+
+
 def candidate_paths(name: str) -> list[Path]:
     """The files that "auto" looks for, in order; an ablation also takes TwistNet-18's."""
     names = [name]
     if PARTIAL.get(name) == "twistnet18":
         names.append("twistnet18")
     return [
-        folder / f"{stem}_imagenet.pt"
-        for stem in names
+        folder / f"{weights_stem(each)}.pt"
+        for each in names
         for folder in (Path("weights"), SCRIPT_DIR / "weights")
     ]
 
 
 def find_weights(name: str) -> Path | None:
-    """The weights file that "auto" uses for a network, or None for torchvision's ResNet-18."""
+    """The weights file that "auto" uses for a network, or None for those of torchvision or timm."""
     return next((path for path in candidate_paths(name) if path.is_file()), None)
 
 
 def resolve_path(name: str, pretrained: str) -> Path | None:
-    """The file that "auto" or a path stands for; None for torchvision's. UserError if missing."""
+    """The file that "auto" or a path stands for; None for torchvision's or timm's weights.
+
+    Raises UserError where the path is not a file.
+    """
     if pretrained == "auto":
         return find_weights(name)
     path = Path(pretrained)
@@ -60,7 +88,7 @@ def weights_identity(name: str, pretrained: str = "auto") -> dict[str, str | Non
         return {"source": "none", "sha256": None}
     path = resolve_path(name, pretrained)
     if path is None:
-        return {"source": SOURCE, "sha256": None}
+        return {"source": published_source(name) if is_timm(name) else SOURCE, "sha256": None}
     return {"source": str(path), "sha256": sha256(read_bytes(path))}
 
 
@@ -68,15 +96,22 @@ def weights_identity(name: str, pretrained: str = "auto") -> dict[str, str | Non
 
 
 def load_pretrained(
-    model: nn.Module, name: str, pretrained: str | Path = "auto", *, keep_head: bool = False
+    model: nn.Module,
+    name: str,
+    pretrained: str | Path = "auto",
+    *,
+    keep_head: bool = False,
+    img_size: int | None = None,
 ) -> dict:
     """Load pretrained weights into the network `name`, print what was loaded, and return it.
 
     Args:
         model: the network, as build_model(name, num_classes) returns it.
         pretrained: "auto" searches weights/ here and beside the scripts, then takes torchvision's
-            ResNet-18 weights; "none" loads nothing; anything else is the path of a file.
+            ResNet-18 weights, or those that timm publishes for its network; "none" loads nothing;
+            anything else is the path of a file.
         keep_head: also load the classifier, for evaluation; fine-tuning starts a new one.
+        img_size: what build_model was given; weights of timm's networks are fitted to it.
 
     Returns {"source", "sha256", "tensors_loaded"}; sha256 is None without a file.
     Raises UserError for a file that is missing, damaged, or does not fit the network.
@@ -85,27 +120,64 @@ def load_pretrained(
     if pretrained == "none":
         return {"source": "none", "sha256": None, "tensors_loaded": 0}
     path = resolve_path(name, pretrained)
+    if path is None and is_timm(name):
+        return load_published(model, name, img_size, keep_head=keep_head)
     if path is None:
         return load_torchvision(model, name, keep_head=keep_head)
 
-    title = TITLES.get(name, "TwistNet")
+    title, head = title_of(name), head_of(name)
     if pretrained == "auto":
         print(f"[Auto-detected] Found {title} weights: {path}", flush=True)
     file = read_weights(path)
-    # A classifier that is kept belongs to the whole network, not to a part of it.
-    accepted = (name,) if keep_head else (name, PARTIAL.get(name, name))
-    if recognise(file.tensors, accepted) is None:
-        raise misfit_error(path, file.tensors, name)
+    tensors = check_tensors(model, name, file, keep_head=keep_head, img_size=img_size)
     if keep_head:
-        check_head(model, path, file.tensors)
-    loaded = load_fitting(model, file.tensors, keep_head=keep_head)
+        check_head(model, path, tensors, head)
+    loaded = load_fitting(model, tensors, keep_head=keep_head, head=head)
 
     print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {path}", flush=True)
     print(f"[{title} Pretrained] {describe(file)}", flush=True)
     if file.ema:
         print(f"[{title} Pretrained] {file.ema}", flush=True)
-    print_left_out(title, model, file.tensors, loaded)
+    print_left_out(title, model, tensors, loaded)
     return {"source": str(path), "sha256": file.sha256, "tensors_loaded": len(loaded)}
+
+
+def check_tensors(
+    model: nn.Module,
+    name: str,
+    file: WeightsFile,
+    *,
+    keep_head: bool = False,
+    img_size: int | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a file for the network `name`; UserError if they are not its own."""
+    if not is_timm(name):
+        # A classifier that is kept belongs to the whole network, not to a part of it.
+        accepted = (name,) if keep_head else (name, PARTIAL.get(name, name))
+        if recognise(file.tensors, accepted) is None:
+            raise misfit_error(file.path, file.tensors, name)
+        return file.tensors
+
+    # The shapes of timm's networks can depend on the image size: compare with the network itself.
+    wanted = {key: x.shape for key, x in model.state_dict().items()}
+    if not any(compare_tensors(file.tensors, wanted, head_of(name))):
+        return file.tensors
+    fitted = fit_to_size(name, file.tensors, img_size)
+    if fitted is None:
+        raise misfit_error(file.path, file.tensors, name, wanted)
+    return fitted
+
+
+def load_published(model: nn.Module, name: str, img_size: int | None, *, keep_head: bool) -> dict:
+    """Load the weights that timm publishes for its network."""
+    source, title, head = published_source(name), title_of(name), head_of(name)
+    tensors = fetch_published(name, img_size)
+    if keep_head:
+        check_head(model, Path(source), tensors, head)
+    loaded = load_fitting(model, tensors, keep_head=keep_head, head=head)
+    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {source}", flush=True)
+    print_left_out(title, model, tensors, loaded)
+    return {"source": source, "sha256": None, "tensors_loaded": len(loaded)}
 
 
 def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
@@ -124,47 +196,56 @@ def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
     return {"source": SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
 
 
-def load_trained(path: str | Path) -> tuple[nn.Module, dict]:
+def load_trained(path: str | Path, *, img_size: int | None = None) -> tuple[nn.Module, dict]:
     """Load a trained network with its classifier, in eval mode, from a checkpoint or weights file.
 
     The dict has: model, num_classes, classes (names, or None), record (the JSON beside the weights,
     or None), config (the training configuration of the checkpoint, or else of the JSON), path,
-    sha256. Raises UserError for a file that contains none of the networks.
+    sha256. Raises UserError for a file that contains none of the networks, and for an `img_size`
+    that the network does not take.
     """
     file = read_weights(Path(path))
-    name = recognise(file.tensors, MODELS)
-    if name is None:
-        claimed = str((file.config or {}).get("model"))
-        name = claimed if claimed in MODELS else "twistnet18"
-        raise misfit_error(file.path, file.tensors, name)
-    num_classes = count_classes(file)
-    model = MODELS[name](num_classes)
-    check_head(model, file.path, file.tensors)
-    load_fitting(model, file.tensors, keep_head=True)
-    if file.ema:
-        print(file.ema, file=sys.stderr)
-
     # What is known about the training: the checkpoint's own configuration, or the JSON's recipe.
     record, _ = read_record(file)
     recipe = (record or {}).get("recipe")
     recorded = {**(record or {}), **(recipe if isinstance(recipe, dict) else {})}
+    config = file.config or recorded
+
+    # The network: one of ours by its tensors, one of timm's by the name that is recorded.
+    claimed, built_for = str(config.get("model")), None
+    if is_timm(claimed):
+        name, built_for = claimed, config.get("img_size", 224)
+        check_size(name, built_for, img_size or built_for)
+    else:
+        name = recognise(file.tensors, MODELS)
+    if name is None:
+        raise misfit_error(file.path, file.tensors, claimed if claimed in MODELS else "twistnet18")
+    num_classes = count_classes(file, name)
+    model = build_model(name, num_classes, img_size=built_for)
+    tensors = check_tensors(model, name, file, keep_head=True, img_size=built_for)
+    check_head(model, file.path, tensors, head_of(name))
+    load_fitting(model, tensors, keep_head=True, head=head_of(name))
+    if file.ema:
+        print(file.ema, file=sys.stderr)
+
     names = file.classes or (record or {}).get("class_names")
     return model.eval(), {
         "model": name,
         "num_classes": num_classes,
         "classes": names if isinstance(names, list) and len(names) == num_classes else None,
-        "config": file.config or recorded,
+        "config": config,
         "record": record,
         "path": str(file.path),
         "sha256": file.sha256,
     }
 
 
-def count_classes(file: WeightsFile) -> int:
+def count_classes(file: WeightsFile, name: str) -> int:
     """The number of classes of a file's classifier; UserError where it has none."""
-    weight = file.tensors.get(HEAD[0])
-    if weight is None or weight.dim() != 2:
-        raise UserError(f"{file.path} has no classifier (fc.weight), so its classes are unknown")
+    key = head_of(name)[0]
+    weight = file.tensors.get(key)
+    if weight is None or weight.dim() < 2:
+        raise UserError(f"{file.path} has no classifier ({key}), so its classes are unknown")
     return len(weight)
 
 

@@ -25,6 +25,7 @@ class Row:
 
     label: str
     parameters: int | None
+    gmacs: float | None  # multiply-adds per image, in billions
     summary: Summary
     versus: Comparison | None = None
     p_holm: float | None = None
@@ -50,9 +51,9 @@ def make_rows(sweep: Sweep, baseline: str) -> list[Row]:
         if label != baseline:
             own, base = paired_means(sweep, label, baseline)
             versus = compare(own, base, resampling_ratio(runs), test=test)
-        parameters = runs[0].results.get("parameters") if runs else None
+        first = runs[0].results if runs else {}
         summary = summarise(sweep.accuracies(label), sweep.expected(label), sweep.all_expected)
-        rows.append(Row(label, parameters, summary, versus))
+        rows.append(Row(label, first.get("parameters"), first.get("gmacs"), summary, versus))
     adjusted = holm([row.versus.p if row.versus else None for row in rows])
     complete = [row.summary.mean for row in rows if not row.summary.missing]
     highest = max(complete) if len(complete) > 1 else None

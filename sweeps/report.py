@@ -10,7 +10,7 @@ from common.files import printable
 from common.optional import import_optional
 from sweeps.comparison import Row, confused_pairs, confusion, mistaken_images
 from sweeps.runs import IDENTITY_KEYS, Run, Sweep
-from sweeps.tables import accuracy_text, difference_text, p_text, table_cells, to_latex
+from sweeps.tables import ACCURACY, accuracy_text, difference_text, p_text, table_cells, to_latex
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 THUMBNAIL = 224  # pixels
@@ -66,7 +66,9 @@ def build_page(
         title=f"{sweep.dataset}: {', '.join(label for label in sweep.labels if '#' not in label)}",
         summary=summarise_in_words(rows, baseline, best, hours(sweep)),
         problem=problem,
-        results=Table(headers, lines, [i for i, row in enumerate(rows) if row.best], 2),
+        results=Table(
+            headers, lines, [i for i, row in enumerate(rows) if row.best], headers.index(ACCURACY)
+        ),
         notes=notes,
         latex=to_latex(rows, notes),
         folds=fold_table(sweep),

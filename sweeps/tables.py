@@ -14,6 +14,7 @@ from sweeps.runs import Sweep, read_sweep
 from sweeps.statistics import Comparison, Summary
 
 NONE = "–"
+ACCURACY = "Test accuracy (%)"
 RUN_COLUMNS = ["model", "fold", "seed", "test_acc", "val_acc", "best_epoch", "seconds"]
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -63,19 +64,25 @@ def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     versus = [row.versus for row in rows if row.versus]
     with_interval = any(each.low is not None for each in versus)
     with_p = any(row.p_holm is not None for row in rows)
-    headers = ["Model", "Params (M)", "Test accuracy (%)"]
+    with_gmacs = any(row.gmacs for row in rows)  # older results do not have them
+    headers = ["Model", "Params (M)", *(["GMACs"] if with_gmacs else []), ACCURACY]
     if len(rows) > 1:
         headers.append("Difference [95 % CI]" if with_interval else "Difference")
         if with_p:
             headers.append("p (Holm)")
         headers.append("W/T/L")
-    return headers, [row_cells(row, several=len(rows) > 1, with_p=with_p) for row in rows]
+    return headers, [
+        row_cells(row, several=len(rows) > 1, with_p=with_p, with_gmacs=with_gmacs) for row in rows
+    ]
 
 
-def row_cells(row: Row, *, several: bool, with_p: bool) -> list[str]:
+def row_cells(row: Row, *, several: bool, with_p: bool, with_gmacs: bool) -> list[str]:
     """The cells of one row, as text."""
     size = f"{row.parameters / 1e6:.2f}" if row.parameters else NONE
-    cells = [row.label, size, accuracy_text(row.summary)]
+    cells = [row.label, size]
+    if with_gmacs:
+        cells.append(f"{row.gmacs:.3f}" if row.gmacs else NONE)
+    cells.append(accuracy_text(row.summary))
     if several:
         versus = row.versus
         cells.append(difference_text(versus))
@@ -114,9 +121,10 @@ def p_text(p: float | None) -> str:
 def to_markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
     """A Markdown table that can be read in a terminal too, with its footnotes."""
     headers, lines = table_cells(rows)
+    accuracy = headers.index(ACCURACY)
     for row, line in zip(rows, lines, strict=True):
         if row.best:
-            line[2] = f"**{line[2]}**"
+            line[accuracy] = f"**{line[accuracy]}**"
     lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
     table = [headers, ["-" * width for width in widths], *lines]
@@ -130,10 +138,11 @@ def to_markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
 def to_latex(rows: Sequence[Row], notes: Sequence[str]) -> str:
     """A booktabs tabular, with the footnotes as comments above it."""
     headers, lines = table_cells(rows)
+    accuracy = headers.index(ACCURACY)
     lines = [[latex(cell) for cell in line] for line in lines]
     for row, line in zip(rows, lines, strict=True):
         if row.best:
-            line[2] = rf"\textbf{{{line[2]}}}"
+            line[accuracy] = rf"\textbf{{{line[accuracy]}}}"
     body = [" & ".join(line) + r" \\" for line in lines]
     head = " & ".join(latex(header) for header in headers) + r" \\"
     comments = [f"% {note}" for note in ["needs \\usepackage{booktabs}", *notes]]
@@ -171,6 +180,7 @@ def to_csv(rows: Sequence[Row], baseline: str) -> str:
             "wins": versus.wins if versus else None,
             "ties": versus.ties if versus else None,
             "losses": versus.losses if versus else None,
+            "gmacs": row.gmacs,
         }
         lines.append(line)
     return write_csv(list(lines[0]), lines)

@@ -44,7 +44,7 @@ def tiny_network(monkeypatch):
 
     for script in (pretrain_imagenet, train):
         monkeypatch.setattr(
-            script, "build_model", lambda name, num_classes: TinyNetwork(num_classes)
+            script, "build_model", lambda name, num_classes, **settings: TinyNetwork(num_classes)
         )
 
 

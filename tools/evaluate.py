@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     # the network and the data, which must have the same classes
-    model, about = load_trained(args.weights)
+    model, about = load_trained(args.weights, img_size=args.img_size)
     check_sha256(args.weights, about["sha256"])
     config = about["config"]
     fill_defaults_from_run(args, config)

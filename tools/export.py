@@ -3,14 +3,15 @@
   python -m tools.export --weights runs/dtd_fold1_twistnet18_seed42/best.pt --out twistnet18.pt2
   python -m tools.export --weights weights/twistnet18_imagenet.pt --out twistnet18.onnx
 
-Input "images": float32, B x 3 x H x W, RGB from 0 to 1, any B, H and W from 33 px. The exported
-network normalises with ImageNet's mean and standard deviation itself; do not normalise before.
+Input "images": float32, B x 3 x H x W, RGB from 0 to 1, any B, H and W from 33 px; a network of
+timm (timm/NAME) takes the image size it was trained at. The exported network normalises with
+ImageNet's mean and standard deviation itself; do not normalise before.
 Output "logits": float32, B x classes. Resize and crop before. Class names, image size and the
 checksum of the weights are stored in the file: as metadata of an ONNX model, and as the extra
 file about.json of a .pt2.
 
-The file is read back and compared with the network at two batch sizes and two image sizes, and is
-kept only if they agree. ONNX needs: pip install onnx onnxscript onnxruntime
+The file is read back and compared with the network at two batch sizes and, where it takes any, two
+image sizes, and is kept only if they agree. ONNX needs: pip install onnx onnxscript onnxruntime
 """
 
 import json
@@ -29,11 +30,12 @@ from common.errors import UserError
 from common.files import check_outputs
 from common.optional import import_optional
 from data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
+from models.timm_models import is_timm
 from models.weights import load_trained
 
 TOLERANCE = 1e-4  # relative to the largest logit; about 1e-6 was measured
 MARK = b"sha256_of_weights"  # every file that this tool writes contains it
-INPUT = "float32, B x 3 x H x W, RGB from 0 to 1; normalisation is inside the network"
+INPUT = "float32, B x 3 x {} x {}, RGB from 0 to 1; normalisation is inside the network"
 
 
 class Normalised(nn.Module):
@@ -80,24 +82,26 @@ def main(argv: list[str] | None = None) -> None:
     check_outputs([args.out], flag="--out", mark=MARK, inputs=[args.weights])
     model, about = load_trained(args.weights)
     size = about["config"].get("img_size", 224)
+    any_size = not is_timm(about["model"])
+    input_text = INPUT.format(*("HW" if any_size else (size, size)))
     facts = {
         "model": about["model"],
         "num_classes": about["num_classes"],
         "img_size": size,
         "classes": about["classes"],
-        "input": INPUT,
+        "input": input_text,
         "sha256_of_weights": about["sha256"],
     }
     try:
         with tempfile.TemporaryDirectory(dir=args.out.resolve().parent, prefix=".export-") as new:
             path = Path(new) / args.out.name
-            write(trace(model), path, facts)
-            difference = compare(model, read(path), size)
+            write(trace(model, None if any_size else size), path, facts)
+            difference = compare(model, read(path), size, any_size=any_size)
             os.replace(path, args.out)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from error
     print(
-        f"largest difference of a logit: {difference:.1e}\ninput: {INPUT}\nwrote {args.out} "
+        f"largest difference of a logit: {difference:.1e}\ninput: {input_text}\nwrote {args.out} "
         f"({about['model']}, {about['num_classes']} classes, trained at {size} px)"
     )
 
@@ -112,8 +116,12 @@ def require_onnx() -> None:
             raise UserError(f"{error}, or choose an --out that ends in .pt2") from error
 
 
-def trace(model: nn.Module) -> torch.export.ExportedProgram:
-    """The network with its normalisation as a graph, for any batch and image size."""
+def trace(model: nn.Module, size: int | None = None) -> torch.export.ExportedProgram:
+    """The network with its normalisation as a graph, for any batch, and any or one image size."""
+    if size is not None:
+        images = torch.rand(2, 3, size, size)
+        only_batch = {"images": {0: torch.export.Dim("batch")}}
+        return torch.export.export(Normalised(model), (images,), dynamic_shapes=only_batch)
     # from 33 px: smaller images end in a single position, for which the tracer specialises
     sizes = {
         0: torch.export.Dim("batch"),
@@ -124,15 +132,18 @@ def trace(model: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(Normalised(model), (images,), dynamic_shapes={"images": sizes})
 
 
-def compare(model: nn.Module, exported: Callable[[Tensor], Tensor], size: int) -> float:
-    """The largest difference of a logit over two batch sizes and two image sizes; prints each.
+def compare(
+    model: nn.Module, exported: Callable[[Tensor], Tensor], size: int, *, any_size: bool = True
+) -> float:
+    """The largest difference of a logit over two batch sizes and image sizes; prints each.
 
     Ends the process with exit code 1 if the exported network disagrees with the original.
     """
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
+    shapes = [(max(size, 33), max(size, 33)), (size + 32, size + 61)]
     for batch in (1, 3):
-        for shape in ((max(size, 33), max(size, 33)), (size + 32, size + 61)):
+        for shape in shapes if any_size else [(size, size)]:
             images = torch.randint(256, (batch, 3, *shape), generator=generator, dtype=torch.uint8)
             with torch.inference_mode():
                 wanted = model(normalise(images))

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     files = list_inputs(args.images)
     if args.csv:
         check_outputs([args.csv], flag="--csv", mark=MARK, inputs=[args.weights, *files])
-    model, about = load_trained(args.weights)
+    model, about = load_trained(args.weights, img_size=args.img_size)
     transform = make_eval_transform(about["config"], args.img_size)
     names = about["classes"] or [f"class {i}" for i in range(about["num_classes"])]
 

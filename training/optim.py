@@ -14,10 +14,13 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Split the parameters: weights of convolutions and linear layers decay, all others do not.
 
     They are told apart by rank: normalisation scales, biases, gates and STCI's channel scales have
-    one dimension or none.
+    one dimension or none. A network of timm also names what else must not decay, such as position
+    embeddings.
     """
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    named = list(model.named_parameters())
+    decayed = [p for name, p in named if p.ndim >= 2 and name not in exempt]
+    others = [p for name, p in named if p.ndim < 2 or name in exempt]
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

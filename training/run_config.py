@@ -16,8 +16,8 @@ RUN_NAME = re.compile(r"(?P<dataset>.+)_fold(?P<fold>\d+)_(?P<model>.+)_seed(?P<
 
 
 def run_name(dataset: str, fold: int, model: str, seed: int) -> str:
-    """Name of the run's folder inside of RUN_DIR."""
-    return f"{dataset}_fold{fold}_{model}_seed{seed}"
+    """Name of the run's folder inside of RUN_DIR; timm/NAME is written timm-NAME in it."""
+    return f"{dataset}_fold{fold}_{model.replace('/', '-')}_seed{seed}"
 
 
 def parse_run_name(name: str) -> dict | None:
@@ -25,7 +25,13 @@ def parse_run_name(name: str) -> dict | None:
     match = RUN_NAME.fullmatch(name)
     if match is None:
         return None
-    return {**match.groupdict(), "fold": int(match["fold"]), "seed": int(match["seed"])}
+    model = re.sub("^timm-", "timm/", match["model"])
+    return {
+        "dataset": match["dataset"],
+        "fold": int(match["fold"]),
+        "model": model,
+        "seed": int(match["seed"]),
+    }
 
 
 def make_config(
