@@ -26,26 +26,13 @@ def in_tmp(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny_network(monkeypatch):
     """Both scripts train a network of a few hundred parameters, whatever --model says."""
-    import torch
-    from torch import nn
+    from tiny_network import build_model
 
     import pretrain_imagenet
     import train
 
-    class TinyNetwork(nn.Module):
-        def __init__(self, num_classes):
-            super().__init__()
-            self.conv1 = nn.Conv2d(3, 8, 4, stride=4, bias=False)
-            self.bn1 = nn.BatchNorm2d(8)
-            self.fc = nn.Linear(8, num_classes)
-
-        def forward(self, images):
-            return self.fc(torch.relu(self.bn1(self.conv1(images))).mean((2, 3)))
-
     for script in (pretrain_imagenet, train):
-        monkeypatch.setattr(
-            script, "build_model", lambda name, num_classes, **settings: TinyNetwork(num_classes)
-        )
+        monkeypatch.setattr(script, "build_model", build_model)
 
 
 @pytest.fixture

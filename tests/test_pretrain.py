@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
+from tiny_network import TinyNetwork
 
 import pretrain_imagenet
 from common.cli import run
@@ -23,6 +27,7 @@ from training.distributed import DistributedContext
 from training.engine import EvalMetrics
 from training.recipes import PRETRAIN
 
+TINY_SCRIPT = Path(__file__).with_name("tiny_network.py")
 TINY = pytest.mark.usefixtures("tiny_network")
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("images_per_s", "data_wait", "seconds")
@@ -253,16 +258,72 @@ def test_resume_keeps_epochs_and_schedule_and_a_finished_run_only_writes_again(t
     assert [row["epoch"] for row in rows()] == [1, 2, 3, 4]
 
 
-def test_the_number_of_workers_and_compile_do_not_matter(tree, monkeypatch):
+@TINY
+def test_the_number_of_workers_does_not_matter(tree):
     pretrain(tree, epochs=1)
     pretrain(tree, epochs=1, workers=2, checkpoint_dir="two", weights_dir="two")
     assert_same(weights(), weights("two"))
+
+
+# ------------------------------------------------------------------ --compile
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch):
+    """torch.compile with a backend that computes as the network itself does."""
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module: compiled(module, backend="eager")
     )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters
+
+
+def test_compile_captures_twistnet_whole_and_keeps_the_names_of_its_weights(tree, eager_compiler):
+    pretrain(tree, "--compile", model="twistnet18", epochs=1, batch_size=9)
+    assert eager_compiler["stats"]["unique_graphs"] == 2  # one of training, one of evaluation
+    assert not eager_compiler["graph_break"]
+    assert list(weights(model="twistnet18")) == list(build_model("twistnet18", 3).state_dict())
+
+
+@TINY
+def test_compile_does_not_matter(tree, eager_compiler):
+    pretrain(tree, epochs=1)
     pretrain(tree, "--compile", epochs=1, checkpoint_dir="compiled", weights_dir="compiled")
+    assert eager_compiler["stats"]["unique_graphs"] == 2
     assert_same(weights(), weights("compiled"))
+
+
+@pytest.mark.slow
+@TINY
+def test_a_compiled_run_is_resumed_without_compiling(tree, stop_after):
+    """With torch's own compiler. Its sums have another order, so that only bits differ."""
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    pretrain(tree, "--no_amp", epochs=2, checkpoint_dir="plain", weights_dir="plain")
+    stop_after(step=4)
+    with pytest.raises(Preempted, match="--resume checkpoints/latest.pt .*--compile"):
+        pretrain(tree, "--no_amp", "--compile", epochs=2)
+    stop_after()
+    pretrain(tree, "--no_amp", epochs=2)
+    assert list(weights()) == list(weights("plain"))
+    for name, value in weights("plain").items():
+        torch.testing.assert_close(weights()[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@TINY
+def test_a_compiled_run_of_two_processes_has_plain_names_and_is_resumed_by_one(tree):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    flags = ["--model", "resnet18", "--img_size", "32", "--batch_size", "4", "--epochs", "2"]
+    done = torchrun(tree, "--compile", "--no_amp", *flags, script=TINY_SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert len(rows()) == 2 and saved().config["micro_batches"] == 2
+    assert list(weights()) == list(TinyNetwork(3).state_dict())
+    resume(tree, "--epochs", "3")
+    assert len(rows()) == 3
 
 
 def test_the_seed_matters(tree):
@@ -583,10 +644,7 @@ def test_a_signalled_process_saves_and_leaves_with_75(tree):
         "1",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    log = Path("checkpoints/log.jsonl")
-    while not (log.exists() and log.read_text()):
-        assert process.poll() is None
-        time.sleep(0.1)
+    wait_for_first_epoch(process)
     other = subprocess.run(command, capture_output=True, text=True)  # while the first one runs
     assert other.returncode == 3 and "in use by another running process" in other.stderr
     process.send_signal(signal.SIGUSR1)
@@ -602,26 +660,41 @@ def test_a_signalled_process_saves_and_leaves_with_75(tree):
     assert len(rows()) == int(epochs)
 
 
-def torchrun(tree, *flags):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            "--master_port=0",
-            "--rdzv_backend=c10d",
-            "--rdzv_endpoint=localhost:0",
-            str(ROOT / "pretrain_imagenet.py"),
-            "--data_dir",
-            str(tree),
-            "--workers",
-            "1",
-            *flags,
-        ],
-        capture_output=True,
-        text=True,
+def test_ctrl_c_of_a_program_whose_output_goes_through_tee_saves_and_exits_with_75(tree):
+    """Ctrl-C ends the tee as well; its terminal knows ASCII only."""
+    flags = ["--img_size", "32", "--batch_size", "4", "--epochs", "5000", "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, TINY_SCRIPT, "--data_dir", tree, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
+    tee = subprocess.Popen(
+        ["tee", "out.txt"],
+        stdin=process.stdout,
+        stdout=subprocess.DEVNULL,
+        process_group=process.pid,
+    )
+    process.stdout.close()
+    wait_for_first_epoch(process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert tee.wait() == -signal.SIGINT and process.wait() == 75
+    assert status()["state"] == "preempted" and saved().step > 0
+    assert "global batch 4 (1 \\xd7 4)" in Path("out.txt").read_text()
+
+
+def wait_for_first_epoch(process):
+    log = Path("checkpoints/log.jsonl")
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+
+
+def torchrun(tree, *flags, script=ROOT / "pretrain_imagenet.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += [str(script), "--data_dir", str(tree), "--workers", "1", *flags]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_a_run_of_two_processes_is_resumed_by_one(tree):
@@ -638,15 +711,16 @@ def test_a_run_of_two_processes_is_resumed_by_one(tree):
     assert one.step == 3 * two.step // 2 and one.config["micro_batches"] == 2
 
 
+@TINY
 def test_validation_counts_do_not_depend_on_the_number_of_processes(tree):
-    """A checkpoint that is finished but for its validation is validated by one and by two."""
-    pretrain(tree, model="twistnet18", epochs=1, batch_size=2)
+    """A checkpoint that lacks only its validation is validated by one and by two processes."""
+    pretrain(tree, epochs=1, batch_size=2)
     content = torch.load("checkpoints/latest.pt", weights_only=True)
     expected = content["history"].pop()
     content.update(epoch=0, best_epoch=0, loss_sums=[[1.0, 1.0]], seconds=1.0)
     content["config"]["micro_batches"], content["step"] = 2, 4  # of 2 × 2 images
     torch.save(content, "checkpoints/latest.pt")
-    done = torchrun(tree, "--resume", "checkpoints/latest.pt")
+    done = torchrun(tree, "--resume", "checkpoints/latest.pt", script=TINY_SCRIPT)
     assert done.returncode == 0, done.stderr
     got = rows()[0]
     assert [got[name] for name in ("val_top1", "val_top5")] == [
