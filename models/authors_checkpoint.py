@@ -24,10 +24,14 @@ HEAD = {
     "twist.dwconv.": "twist.conv.",
     "twist.scale": "twist.scale",
 }
+OWN_NAME = re.compile(r"(stem\.[01]|layer[1-4]\.[01]|fc)\.")  # without an STCI
 
 
 def has_authors_names(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith("stem.") or ".mhstci." in name for name in state)
+    if any(".mhstci." in name for name in state):
+        return True
+    # Their first-order network. Networks of timm may have a stem as well, but other layers.
+    return "stem.0.weight" in state and all(OWN_NAME.match(name) for name in state)
 
 
 def translate_names(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:

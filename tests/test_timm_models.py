@@ -224,6 +224,17 @@ def test_weights_of_another_network_are_refused(state):
         load_pretrained(model, VIT, "x.pt", img_size=32)
 
 
+def test_a_network_of_timm_with_a_stem_is_not_taken_for_the_authors():
+    name = "timm/test_convnext"  # its first layer is stem.0, as that of the authors' network
+    torch.manual_seed(0)
+    state = build_model(name, 3).state_dict()
+    assert "stem.0.weight" in state
+    torch.save({"model": state, "config": {"model": name, "img_size": 64}}, "best.pt")
+    model, about = load_trained("best.pt")
+    assert about["model"] == name
+    assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
+
+
 def test_weights_that_cannot_be_downloaded_are_one_line(dtd, monkeypatch, capsys, caplog):
     def offline(*args, **kwargs):
         logging.getLogger("huggingface_hub.utils").warning("retrying")
