@@ -162,7 +162,8 @@ def fetch_published(name: str, img_size: int | None) -> dict[str, Tensor]:
         with quiet_downloads():
             return create_filled(name, img_size)
     except Exception as error:  # the hub's client has many errors of its own
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+        sentence = " ".join(str(error).split()).partition(". ")[0]
+        reason = f"{type(error).__name__}: {sentence}"[:160]
         raise UserError(
             f"no weights for {name}: {source} could not be loaded ({reason}); give --pretrained "
             "PATH, or train from scratch with --pretrained none"
