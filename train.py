@@ -379,7 +379,10 @@ def leave_if_requested(stop: StopRequest, run_dir: RunDir, resume_command: str) 
 
 def load_best(folder: Path, state: TrainState) -> dict:
     """The tensors of best.pt, which must be the best epoch that the log names."""
-    best, tensors, _ = load_checkpoint(folder / BEST)
+    try:
+        best, tensors, _ = load_checkpoint(folder / BEST)
+    except UserError as error:
+        raise UserError(f"{error}: start again with --overwrite") from error
     if best.epoch != state.best_epoch:
         raise UserError(
             f"{folder / BEST} is not of the best epoch, {state.best_epoch}: start again with "

@@ -1,6 +1,7 @@
 """training/engine.py: a step equals the plain loop, an evaluation equals counting by hand."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from data.images import Sample
-from training.distributed import World
-from training.engine import Score, Trainer, choose_precision, evaluate
+from training.distributed import DistributedContext
+from training.engine import EvalMetrics, Trainer, choose_precision, evaluate
 from training.optim import make_sgd
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+CONTEXT = DistributedContext()
 
 
 def tiny(seed=0):
@@ -39,7 +40,7 @@ def sample(seed, count=6, size=8, broken=0):
 
 
 def mix(images, labels, draws=None, *, step=0, micro=0):
-    """A mixing that is known: 0.7 of an image, 0.3 of the next, by step and micro-batch turned."""
+    """A known mixing: 0.7 of an image and 0.3 of another, which the step and micro-batch choose."""
     images, targets = images.float() / 255 - 0.5, F.one_hot(labels, 3).float()
     turn = 1 + (step + micro) % 2
     return (0.7 * images + 0.3 * images.roll(turn, 0), 0.7 * targets + 0.3 * targets.roll(turn, 0))
@@ -50,7 +51,7 @@ def sgd(model, lr=0.1, momentum=0.9):
 
 
 def make(model, *, momentum=0.9, precision="fp32", augment=mix, **settings):
-    return Trainer(model, sgd(model, momentum=momentum), ALONE, precision, augment, **settings)
+    return Trainer(model, sgd(model, momentum=momentum), CONTEXT, precision, augment, **settings)
 
 
 def flat(model):
@@ -65,7 +66,7 @@ def same_state(a, b):
 
 
 def plain_step(model, optimizer, batches, *, step, lr, smoothing=0.1, clip=None):
-    """The step as one writes it out by hand, with the loss from its formula's target."""
+    """The step written out by hand: its summed loss, and the norm of its gradient."""
     model.train()
     losses = []
     for micro, batch in enumerate(batches):
@@ -73,28 +74,32 @@ def plain_step(model, optimizer, batches, *, step, lr, smoothing=0.1, clip=None)
         logits = model(images.contiguous(memory_format=torch.channels_last))
         losses.append(F.cross_entropy(logits, targets, label_smoothing=smoothing))
         (losses[-1] / len(batches)).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return sum(loss.item() * 6 for loss in losses)
+    return sum(loss.item() * 6 for loss in losses), norm
 
 
 @pytest.mark.parametrize(("micros", "clip"), [(1, None), (1, 0.05), (3, None), (2, 0.05)])
 def test_steps_equal_the_plain_loop_bit_for_bit(micros, clip):
     ours, plain = tiny(), tiny()
     trainer, optimizer = make(ours, clip_norm=clip), sgd(plain)
-    loss = 0.0
+    loss, norms = 0.0, []
     for step in range(4):
         batches = [sample(10 * step + i) for i in range(micros)]
         lr = 0.1 / (step + 1)
         trainer.step(batches, step=step, lr=lr)
-        loss += plain_step(plain, optimizer, batches, step=step, lr=lr, clip=clip)
+        step_loss, norm = plain_step(plain, optimizer, batches, step=step, lr=lr, clip=clip)
+        loss, norms = loss + step_loss, [*norms, norm]
         assert same_state(ours, plain)
     assert not torch.equal(flat(ours), flat(tiny()))
-    assert trainer.sums == pytest.approx([loss, 4 * micros * 6], rel=1e-12)
+    assert trainer.read_loss() == pytest.approx((loss, 4 * micros * 6), rel=1e-12)
+    assert trainer.read_grad_norms() == pytest.approx(norms, rel=1e-5)  # those before clipping
+    assert trainer.read_grad_norms() == []
 
 
 def test_two_micro_batches_give_the_mean_of_their_gradients():
@@ -110,7 +115,7 @@ def test_two_micro_batches_give_the_mean_of_their_gradients():
     assert (update([sample(1)]) - both).abs().max() > 1e-3
 
 
-def test_label_smoothing_is_kept_on_mixed_targets():
+def test_label_smoothing_applies_to_mixed_targets():
     """The loss from the formula: targets (1 - e) t + e / K, and minus their sum with log p."""
     for smoothing in (0.0, 0.1, 0.3):
         model, batch = tiny(), sample(1)
@@ -119,7 +124,7 @@ def test_label_smoothing_is_kept_on_mixed_targets():
         expected = -(((1 - smoothing) * targets + smoothing / 3) * logp).sum(1).sum()
         trainer = make(model, label_smoothing=smoothing)
         trainer.step([batch], step=0, lr=0.1)
-        assert trainer.sums[0] == pytest.approx(expected.item(), rel=1e-6)
+        assert trainer.read_loss()[0] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_clipping_bounds_the_step_and_leaves_small_gradients_alone():
@@ -175,25 +180,67 @@ def test_precision_on_a_cpu(monkeypatch, amp, has, expected):
     assert choose_precision(torch.device("cpu"), amp) == expected
 
 
+class Properties:
+    def __init__(self, major, minor):
+        self.major, self.minor = major, minor
+
+
 @pytest.mark.parametrize(
-    ("amp", "bf16", "expected"),
-    [(None, True, "bf16"), (None, False, "fp16"), (True, False, "fp16"), (False, True, "fp32")],
+    ("amp", "capability", "expected"),
+    [
+        (None, (9, 0), "bf16"),
+        (None, (8, 0), "bf16"),
+        (None, (7, 5), "fp16"),  # Turing only emulates bf16
+        (True, (7, 5), "fp16"),
+        (True, (7, 0), "fp16"),
+        (False, (8, 0), "fp32"),
+    ],
 )
-def test_precision_with_cuda(monkeypatch, amp, bf16, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+def test_precision_with_cuda(monkeypatch, amp, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Properties(*capability))
+    # what emulation would answer
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda *_: True)
     assert choose_precision(torch.device("cuda"), amp) == expected
+
+
+@pytest.fixture
+def tf32_allowed(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("bf16", True)])
+def test_fp32_trains_and_evaluates_without_tf32(tf32_allowed, precision, allowed):
+    make(tiny(), precision=precision)
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    torch.backends.cudnn.allow_tf32 = True
+    evaluate(tiny(), Batches([sample(1)]), context=CONTEXT, precision=precision)
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    assert not torch.backends.cuda.matmul.allow_tf32  # torch's default
 
 
 # ------------------------------------------------------------------ evaluate
 
 
-def scored(rows, *, classes, batch=4, rounds=None, broken=(), between=lambda: None):
+class Batches(list):
+    """Batches of this rank, as a data.loading.EvalLoader gives them."""
+
+    dataset = range(6)
+
+    def normalise(self, images):
+        return images.float()
+
+    def file_name(self, index):
+        return f"file{index}"
+
+
+def evaluated(rows, *, classes, batch=4, broken=(), indices=range(6)):
     """Evaluate a network whose logits are the images: rows of (logits, label)."""
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(classes, affine=False, eps=0.0))
     model.register_parameter("unused", nn.Parameter(torch.zeros(1)))
-    trainer = make(model)
     model.train()
-    batches = []
+    batches = Batches()
     for first in range(0, len(rows), batch):
         part = range(first, min(first + batch, len(rows)))
         logits = torch.tensor([rows[i][0] for i in part], dtype=torch.uint8)
@@ -201,25 +248,18 @@ def scored(rows, *, classes, batch=4, rounds=None, broken=(), between=lambda: No
             Sample(
                 logits.view(len(part), classes, 1, 1),
                 torch.tensor([rows[i][1] for i in part]),
-                torch.tensor(part),
+                torch.tensor([indices[i] for i in part]),
                 torch.empty(len(part), 0, 2),
                 torch.tensor([2 * (i in broken) for i in part]),
             )
         )
     before = copy.deepcopy(model.state_dict())
-    result = evaluate(
-        trainer,
-        batches,
-        torch.Tensor.float,
-        rounds=rounds or len(batches),
-        name_of=lambda i: f"file{i}",
-        between=between,
-    )
+    metrics = evaluate(model, batches, context=CONTEXT, precision="fp32")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    return result
+    return metrics
 
 
-SEVEN = [
+SIX_ROWS = [
     ([9, 1, 2, 3, 4, 5, 6], 0),  # first
     ([9, 1, 2, 3, 4, 5, 6], 3),  # the fifth of them
     ([9, 1, 2, 3, 4, 5, 6], 2),  # the sixth
@@ -230,92 +270,132 @@ SEVEN = [
 
 
 def test_counts_and_loss_by_hand():
-    score, seen = scored(SEVEN, classes=7)
-    assert (score.top1, score.top5, score.images, score.unreadable) == (2, 4, 6, [])
-    logits = torch.tensor([row for row, _ in SEVEN], dtype=torch.float64)
-    labels = torch.tensor([label for _, label in SEVEN])
+    metrics = evaluated(SIX_ROWS, classes=7)
+    counts = metrics.top1, metrics.top5, metrics.num_images, metrics.unreadable
+    assert counts == (2, 4, 6, [])
+    logits = torch.tensor([row for row, _ in SIX_ROWS], dtype=torch.float64)
+    labels = torch.tensor([label for _, label in SIX_ROWS])
     expected = -(logits - logits.exp().sum(1, keepdim=True).log())[range(6), labels].sum()
-    assert score.loss == pytest.approx(expected.item(), rel=1e-6)
-    assert seen.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [4, 6], [5, 6]]
-    assert score.row("val") == pytest.approx(
+    assert metrics.loss_sum == pytest.approx(expected.item(), rel=1e-6)
+    assert metrics.predictions.tolist() == [0, 0, 0, 0, 6, 6]
+    assert metrics.as_row("val") == pytest.approx(
         {"val_loss": expected.item() / 6, "val_top1": 100 * 2 / 6, "val_top5": 100 * 4 / 6}
     )
 
 
 def test_the_cut_into_batches_does_not_matter():
-    whole, cut = scored(SEVEN, classes=7, batch=6), scored(SEVEN, classes=7, batch=1)
-    assert (whole[0].top1, whole[0].top5, whole[0].images) == (
-        cut[0].top1,
-        cut[0].top5,
-        cut[0].images,
-    )
-    assert torch.equal(whole[1], cut[1])
+    whole, cut = (evaluated(SIX_ROWS, classes=7, batch=size) for size in (6, 1))
+    assert (whole.top1, whole.top5, whole.num_images) == (cut.top1, cut.top5, cut.num_images)
+    assert torch.equal(whole.predictions, cut.predictions)
+
+
+def test_predictions_are_in_the_order_of_the_dataset_and_of_this_rank_only():
+    metrics = evaluated(SIX_ROWS, classes=7, indices=[5, 0, 3, 1, 4, 2])
+    assert metrics.predictions.tolist() == [0, 0, 6, 0, 6, 0]
+    metrics = evaluated(SIX_ROWS[3:], classes=7, indices=[4, 0, 2])
+    assert metrics.predictions.tolist() == [6, -1, 6, -1, 0, -1]
 
 
 def test_top5_of_three_classes_is_everything():
-    score, _ = scored([([3, 2, 1], 0), ([3, 2, 1], 2), ([1, 2, 3], 1)], classes=3)
-    assert (score.top1, score.top5, score.images) == (1, 3, 3)
+    metrics = evaluated([([3, 2, 1], 0), ([3, 2, 1], 2), ([1, 2, 3], 1)], classes=3)
+    assert (metrics.top1, metrics.top5, metrics.num_images) == (1, 3, 3)
 
 
 def test_files_that_cannot_be_read_are_named():
-    score, _ = scored(SEVEN, classes=7, broken=[1, 4])
-    assert score.unreadable == ["file1", "file4"]
+    assert evaluated(SIX_ROWS, classes=7, broken=[1, 4]).unreadable == ["file1", "file4"]
 
 
-def test_a_rank_with_fewer_batches_still_takes_every_turn():
-    turns = []
-    score, seen = scored(SEVEN, classes=7, rounds=5, between=lambda: turns.append(1))
-    assert len(turns) == 5 and score.images == 6
-    score, seen = scored([], classes=7, rounds=2, between=lambda: turns.append(1))
-    assert len(turns) == 7 and (score.images, seen.shape) == (0, (0, 2))
+def test_a_rank_without_batches_counts_nothing():
+    metrics = evaluated([], classes=7)
+    assert (metrics.top1, metrics.num_images) == (0, 0)
+    assert metrics.predictions.tolist() == [-1] * 6
 
 
-def test_what_is_raised_between_batches_abandons_the_evaluation():
-    def leave():
-        raise InterruptedError
+def test_ranks_add_their_counts_and_their_unreadable_files():
+    class TwoRanks(DistributedContext):
+        def sum(self, values):
+            return [2 * value for value in values]
 
-    with pytest.raises(InterruptedError):
-        scored(SEVEN, classes=7, between=leave)
+        def gather(self, value):
+            return [value, ["file9"]]
+
+    batches = Batches([sample(1, broken=2)])
+    alone = evaluate(tiny(), batches, context=CONTEXT, precision="fp32")
+    both = evaluate(tiny(), batches, context=TwoRanks(), precision="fp32")
+    assert (both.top1, both.top5, both.num_images) == (2 * alone.top1, 2 * alone.top5, 12)
+    assert both.loss_sum == 2 * alone.loss_sum
+    assert both.unreadable == [*alone.unreadable, "file9"] and len(alone.unreadable) == 6
+    assert both.as_row("val") == alone.as_row("val")
 
 
-def test_evaluation_uses_running_statistics_and_training_goes_on_after():
+def test_evaluation_uses_running_statistics_and_training_continues_after_it():
     model = tiny()
     trainer = make(model)
     batch = sample(3)
-    assert evaluate(trainer, [batch], torch.Tensor.float, rounds=1, name_of=str)[0].images == 6
+    metrics = evaluate(model, Batches([batch]), context=CONTEXT, precision="fp32")
+    assert isinstance(metrics, EvalMetrics) and metrics.num_images == 6
     buffers = [b.clone() for b in model.buffers()]
     trainer.step([batch], step=0, lr=0.1)
     assert not all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
 
 
-def test_scores_start_empty_and_apart():
-    Score().unreadable.append("x")
-    assert Score().unreadable == []
+# ------------------------------------------------------------------ fp16
 
 
-def test_an_fp16_overflow_is_skipped_and_is_no_divergence():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
-    spoil = {1: 1e30}  # the second step's images leave fp16's range
+def make_fp16(model, images_of_step, precision="fp16"):
+    """A trainer in fp16, which is used on GPUs only, on the CPU."""
 
     def augment(images, labels, draws, *, step, micro):
-        return images.float() * spoil.get(step, 1e-2), torch.eye(3)[labels]
+        return images.float() * images_of_step.get(step, 1e-2), torch.eye(3)[labels]
 
-    trainer = Trainer(model, make_sgd(model, lr=0.1, weight_decay=0), ALONE, "fp16", augment)
-    trainer.autocast = lambda: torch.autocast("cpu", torch.float16)
-    batch = Sample(
-        torch.randint(255, (4, 3, 2, 2), dtype=torch.uint8),
-        torch.tensor([0, 1, 2, 0]),
-        torch.arange(4),
-        torch.zeros(4, 0, 2),
-        torch.zeros(4),
-    )
-    before = []
+    optimizer = make_sgd(model, lr=0.1, weight_decay=0)
+    return Trainer(model, optimizer, CONTEXT, precision, augment)
+
+
+FOUR = Sample(
+    torch.randint(255, (4, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0, 1, 2, 0]),
+    torch.arange(4),
+    torch.zeros(4, 0, 2),
+    torch.zeros(4),
+)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("overflow", [0, 1])
+def test_a_step_that_overflows_in_fp16_is_skipped_and_does_not_diverge(
+    uninitialised_memory_is_nan, overflow
+):
+    """In step 0 torch's fused SGD would leave its momentum uninitialised, and then use it."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    trainer = make_fp16(model, {overflow: 1e30})  # its images leave fp16's range
+    weights = [model[1].weight.detach().clone()]
     for step in range(3):
-        before.append([p.clone() for p in model.parameters()])
-        trainer.step([batch], step=step, lr=0.1)
-    assert not torch.equal(before[1][0], before[0][0])
-    assert torch.equal(before[2][0], before[1][0])  # skipped
-    assert not torch.equal(model[1].weight, before[2][0])  # and on
-    assert trainer.is_finite() and trainer.scaler.get_scale() == 2.0**15
+        trainer.step([FOUR], step=step, lr=0.1)
+        weights.append(model[1].weight.detach().clone())
+        assert weights[-1].abs().max() < 1
+    changed = [not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    assert changed == [step != overflow for step in range(3)]
+    assert trainer.scaler.get_scale() == 2.0**15
+    assert not trainer.has_diverged(trainer.read_loss()[0])
+    norms = trainer.read_grad_norms()
+    assert [math.isfinite(norm) for norm in norms] == [step != overflow for step in range(3)]
     trainer.scaler.update(2.0**-7)
-    assert not trainer.is_finite()
+    assert trainer.has_diverged(1.0)
+
+
+def test_gradient_norms_in_fp16_are_those_without_loss_scaling():
+    norms = {}
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        trainer = make_fp16(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), {}, precision)
+        trainer.step([FOUR], step=0, lr=0.1)
+        (norms[precision],) = trainer.read_grad_norms()
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.01)

@@ -19,12 +19,14 @@ from tiny_network import TinyNetwork
 import pretrain_imagenet
 from common.cli import run
 from common.errors import Diverged, Preempted, UserError
+from data import loading
 from data.synthetic import write_imagenet_tree
 from models import build_model
 from models.weights import load_pretrained
 from training.checkpoint import load_checkpoint
 from training.distributed import DistributedContext
 from training.engine import EvalMetrics
+from training.loop import TrainLoop
 from training.recipes import PRETRAIN
 
 TINY_SCRIPT = Path(__file__).with_name("tiny_network.py")
@@ -527,9 +529,17 @@ def test_a_branch_needs_a_folder_of_its_own(tree):
     pretrain(tree, epochs=1)
     pretrain(tree, epochs=1, checkpoint_dir="branch", seed=1)
     before = Path("branch/latest.pt").read_bytes()
-    with pytest.raises(UserError, match="branch already contains a run: --resume checkpoints/lat"):
+    told = "branch already contains another run than checkpoints/latest.pt: {}choose another --che"
+    with pytest.raises(
+        UserError, match=told.format("resume that one with --resume branch/latest.pt, or ")
+    ):
         branch(tree, "--epochs", "2")
     assert Path("branch/latest.pt").read_bytes() == before
+    branch(tree, source="branch/latest.pt")  # as it says
+    for name in ("latest.pt", "latest.prev.pt"):
+        Path("branch", name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=told.format("")):
+        branch(tree, "--epochs", "2")
 
 
 # ------------------------------------------------------------------ the recipe
@@ -599,6 +609,48 @@ def test_small_sets_and_short_runs(tree, capsys):
     assert "each epoch is one step of 18 images" in printed
     assert "warm-up is a tenth of it, 0 of 2 steps" in printed
     assert len(rows()) == 2 and rows()[-1]["lr"] > 0
+
+
+def break_an_image(tree, part):
+    path = sorted((tree / part).glob("*/*"))[0]
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 9 // 10])
+    return path, content
+
+
+@TINY
+def test_every_way_out_is_in_status_json_and_the_run_can_be_resumed(tree, monkeypatch):
+    broken, content = break_an_image(tree, "val")
+    try:
+        with pytest.raises(UserError, match="1 validation images cannot be decoded"):
+            pretrain(tree)
+    finally:
+        broken.write_bytes(content)
+    assert status()["state"] == "failed" and str(broken) in status()["message"]
+
+    monkeypatch.setattr(loading, "SHARED_MEMORY", Path("/"))
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="too little for 1 loader"):
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        pretrain(tree, workers=1)
+    assert status()["state"] == "failed" and "--shm-size" in status()["message"]
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(TrainLoop, "fit", out_of_memory)
+        pretrain(tree)
+    assert status()["message"].startswith("out of memory: use a smaller --batch_size (CUDA")
+
+    with pytest.raises(UserError, match="lr 0.1 → 0.2"):
+        pretrain(tree, lr=0.2)
+    assert status()["state"] == "failed" and "lr 0.1 → 0.2" in status()["message"]
+
+    pretrain(tree)  # after all of them
+    assert status() == {"state": "finished", "epoch": 3} and len(rows()) == 3
+
+
+def out_of_memory(train_loop, state):
+    train_loop.run_dir.write_status("running")
+    raise RuntimeError("CUDA error: out of memory")
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tree):

@@ -174,6 +174,17 @@ def test_the_tested_epoch_is_the_one_that_is_reported(dtd, monkeypatch):
 
 
 @TINY
+def test_a_damaged_best_is_one_line_that_says_what_to_do(dtd, stop_after):
+    stop_after(validation=2)
+    with pytest.raises(Preempted, match="preempted before the test"):
+        fine_tune(dtd)
+    stop_after()
+    (RUN / "best.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="best.pt is damaged .*: start again with --overwrite"):
+        fine_tune(dtd)
+
+
+@TINY
 def test_a_run_whose_best_is_missing_is_not_resumed(dtd, stop_after):
     """Its test result would be that of another epoch."""
     stop_after(step=2)

@@ -27,9 +27,11 @@ def prepare_checkpoint_dir(run_dir: RunDir, resume: Path | None, *, overwrite: b
     if overwrite:
         run_dir.archive(run_dir.path / "overwritten")
     elif is_branch(resume, run_dir.path):
+        latest = run_dir.path / LATEST
+        advice = f"resume that one with --resume {latest}, or " if latest.exists() else ""
         raise UserError(
-            f"{run_dir.path} already contains a run: --resume {resume} needs another "
-            "--checkpoint_dir, or --overwrite"
+            f"{run_dir.path} already contains another run than {resume}: {advice}choose another "
+            "--checkpoint_dir"
         )
     elif resume is None and not has_checkpoint(run_dir.path):
         best = run_dir.path / BEST
