@@ -625,15 +625,14 @@ def test_a_disk_that_stays_full_stops_the_run_after_three_saves(tmp_path, disk):
 def test_training_does_not_wait_for_the_write_and_the_write_has_what_was_saved(
     tmp_path, monkeypatch
 ):
-    """The second write of latest.pt lasts until two steps later."""
-    may_write, write = threading.Event(), checkpoint.write_atomic
+    """The first write of latest.pt begins two steps later."""
+    may_write, serialise = threading.Event(), checkpoint.serialise
 
-    def slow(path, content):
-        if path.name == f".{LATEST}.new":
-            assert may_write.wait(20)
-        write(path, content)
+    def serialise_late(content):
+        assert may_write.wait(20)
+        return serialise(content)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", slow)
+    monkeypatch.setattr(checkpoint, "serialise", serialise_late)
     seen = []
 
     def before(step):

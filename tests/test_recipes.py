@@ -131,7 +131,7 @@ def test_randaugment_is_timms_under_the_same_seed_and_leaves_the_generators_alon
     from timm.data.auto_augment import rand_augment_transform
 
     image = torch.randint(256, (3, 40, 40), dtype=torch.uint8)
-    ours = make_augmentation(A1, size=40, seed=0, num_classes=3)[0].then
+    ours = make_augmentation(A1, size=40, seed=0, num_classes=3)[0].post_crop
     theirs = rand_augment_transform(
         "rand-m7-mstd0.5-inc1",
         {"translate_const": 18, "img_mean": tuple(round(255 * m) for m in IMAGENET_MEAN)},
@@ -276,7 +276,7 @@ def test_a_checkpoint_from_before_recipes_had_names_is_of_the_guide(pretrain):
     torch.save(content, "checkpoints/latest.pt")
     pretrain(*RESUME, "--epochs", "2")
     with pytest.raises(UserError, match="other settings .*recipe guide → a1"):
-        pretrain(*RESUME, "--recipe", "a1")
+        pretrain(*RESUME, "--recipe", "a1", "--batch_size", "4")
 
 
 def test_an_a1_checkpoint_of_the_older_format_resumes_to_the_same_bits(
