@@ -110,8 +110,11 @@ def add_tensorboard_flag(group) -> None:
 # ---------------------------------------------------------------- the end of a program
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, ends_torchrun: bool = False) -> None:
     """Run a script's main and exit with its code; what the user can fix is one line on stderr.
+
+    ends_torchrun: the script is a rank of torchrun, whose --max_restarts shall not repeat what
+    would fail again.
 
     Exit codes: 0 done, 1 failed (divergence, out of memory), 2 bad input, 3 busy, 75 preempted
     and resumable, 130 interrupted.
@@ -132,7 +135,8 @@ def run(main: Callable[[], None]) -> None:
         line, code = explained
         ignore_closed_output()  # Ctrl-C also ends the tee that our output goes to
         _print_error(line)
-        if code == EXIT_USAGE or isinstance(error, Diverged) or "out of memory" in line:
+        would_recur = code == EXIT_USAGE or isinstance(error, Diverged) or "out of memory" in line
+        if ends_torchrun and would_recur:
             _stop_torchrun()
     finally:
         _kill_workers()
@@ -141,7 +145,10 @@ def run(main: Callable[[], None]) -> None:
 
 def ignore_closed_output() -> None:
     """Keep a program running when the terminal or pipe that its output goes to is closed."""
-    sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
+    if sys.stdout is not None:
+        sys.stdout = _Unbreakable(sys.stdout)
+    if sys.stderr is not None:
+        sys.stderr = _Unbreakable(sys.stderr)
 
 
 class _Unbreakable:
@@ -160,6 +167,8 @@ class _Unbreakable:
         try:
             return operation(*args)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return None  # the log is on a full disk: there may be space again later
             if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal was closed
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

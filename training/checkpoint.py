@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.files import replace_by_link, sync_folder, write_atomic
 
 LATEST, BEST, PREVIOUS = "latest.pt", "best.pt", "latest.prev.pt"
+FRESH_LATEST, FRESH_BEST = ".latest.pt.new", ".best.pt.new"  # until they are complete
 ALLOWED_FAILURES = 3  # saves in a row that may fail, on a full disk say
 TENSORS = ("model", "optimizer", "scaler")  # a checkpoint's state dicts, see Trainer.state_dict
 
@@ -181,8 +182,11 @@ class Checkpointer:
         self._thread.start()
         return warning
 
-    def join(self) -> str | None:
-        """Wait for the save in progress; returns and raises as `save` does."""
+    def join(self, *, required: bool = False) -> str | None:
+        """Wait for the save in progress; returns and raises as `save` does.
+
+        If it is `required`, a single failure raises UserError.
+        """
         if self._thread is None:
             return None
         self._thread.join()
@@ -195,12 +199,12 @@ class Checkpointer:
             raise error
         self.failures += 1
         reason = f"the checkpoint could not be written to {self.folder} ({error.strerror})"
-        if self.failures >= ALLOWED_FAILURES:
+        if required or self.failures >= ALLOWED_FAILURES:
             raise UserError(
                 f"{reason}, {self.failures} times in a row: free space there and run the same "
                 "command again"
             ) from error
-        return f"warning: {reason}; {LATEST} is still the one before, training continues"
+        return f"warning: {reason}; {LATEST} is still the one before"
 
     def _write_guarded(self, content: dict, best: bool) -> None:
         try:
@@ -209,27 +213,47 @@ class Checkpointer:
             self._error = error
 
     def _write(self, content: bytes, best: bool) -> None:
-        latest = self.folder / LATEST
-        fresh = self.folder / f".{LATEST}.new"
+        latest, fresh = self.folder / LATEST, self.folder / FRESH_LATEST
+        fresh_best = self.folder / FRESH_BEST
         if best:
             self.pending_best = content
         try:
+            # Write under temporary names whatever may fail for lack of space.
             write_atomic(fresh, content)
-            # best.pt first, so that latest.pt never refers to a best epoch that does not exist.
             if best:
-                replace_by_link(fresh, self.folder / BEST)
+                replace_by_link(fresh, fresh_best)
             elif self.pending_best is not None:
-                write_atomic(self.folder / BEST, self.pending_best)
-            self.pending_best = None
+                write_atomic(fresh_best, self.pending_best)
             # The predecessor is kept only if it is intact.
             if latest.exists() and (self.latest_is_verified or _is_intact(latest)):
                 replace_by_link(latest, self.folder / PREVIOUS)
+            # Then rename. If the process is killed in between, recover_best does the second half.
             os.replace(fresh, latest)
+            if self.pending_best is not None:
+                os.replace(fresh_best, self.folder / BEST)
+            self.pending_best = None
             sync_folder(self.folder)
         except OSError:
             fresh.unlink(missing_ok=True)
+            fresh_best.unlink(missing_ok=True)
             raise
         self.latest_is_verified = True
+
+
+def recover_best(folder: Path, state: TrainState) -> bool:
+    """Whether best.pt is of the state's best epoch, after completing a save that was killed."""
+    best, fresh = folder / BEST, folder / FRESH_BEST
+    if fresh.exists() and _epoch_of(fresh) == state.best_epoch:
+        os.replace(fresh, best)
+    fresh.unlink(missing_ok=True)
+    return not state.best_epoch or _epoch_of(best) == state.best_epoch
+
+
+def _epoch_of(path: Path) -> int | None:
+    try:
+        return _read(path)[0].epoch
+    except (_Damaged, UserError):
+        return None
 
 
 # ---------------------------------------------------------------- reading

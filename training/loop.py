@@ -8,13 +8,13 @@ from tqdm import tqdm
 from common.errors import Diverged, Preempted, UserError
 from common.files import replace_by_link
 from training.checkpoint import (
-    ALLOWED_FAILURES,
     BEST,
     LATEST,
     Checkpointer,
     TrainState,
     copy_to_host,
     find_nonfinite,
+    recover_best,
 )
 from training.engine import EvalMetrics, Evaluator, Trainer
 from training.monitoring import (
@@ -28,6 +28,7 @@ from training.preemption import StopRequest
 from training.run_dir import RunDir
 
 READ_SECONDS = {"cpu": 1.0, "cuda": 10.0}  # between readings of the loss: each waits for the GPU
+SAVE_BEFORE_VALIDATION = 60.0  # seconds since the last save: a stop may come in a long validation
 
 
 class TrainLoop:
@@ -79,9 +80,12 @@ class TrainLoop:
         if not self.context.is_main:
             return
         self.unreadable.files = set(state.unreadable)
-        best = self.run_dir.path / BEST
-        if state.best_epoch and not best.exists() and state.epoch < self.epochs:
-            print(f"warning: {best} is missing: it will be the best epoch from now on", flush=True)
+        if not recover_best(self.run_dir.path, state) and state.epoch < self.epochs:
+            print(
+                f"warning: {self.run_dir.path / BEST} is not of epoch {state.best_epoch}, the best "
+                "one: it will be the best epoch from now on",
+                flush=True,
+            )
             state.best_epoch = 0
         self.run_dir.write_log(state.history)
         for log in self.loggers:
@@ -96,14 +100,14 @@ class TrainLoop:
         next_reading = started + READ_SECONDS[self.context.device.type]
         with self.open_progress_bar(state) as bar:
             while self.step_in_epoch(state) < self.steps_per_epoch:
-                # All ranks together: stop? diverged? save?
-                self.check_in(state)
-
                 # This rank's micro-batches of the step.
                 asked = time.monotonic()
                 batches = next(steps)
                 state.data_wait += time.monotonic() - asked
                 self.unreadable.collect(batches, state.epoch + 1)
+
+                # All ranks together: stop? diverged? save?
+                self.check_in(state)
 
                 # The step itself.
                 self.trainer.step(batches, step=state.step, lr=self.lr_schedule(state.step))
@@ -116,13 +120,13 @@ class TrainLoop:
                     self.read_progress(state, bar)
                     next_reading = time.monotonic() + READ_SECONDS[self.context.device.type]
             self.read_progress(state, bar)
-        self.check_in(state)
+        self.check_in(state, save_after=SAVE_BEFORE_VALIDATION)
 
     def end_epoch(self, state: TrainState, metrics: EvalMetrics) -> None:
         """Turn the epoch's sums into a row of the log, save, and report what is unusual."""
         if metrics.unreadable:
             self.save(state)
-            self._join_and_warn()
+            self.ensure_saved(state)
             raise UserError(
                 f"{len(metrics.unreadable)} validation images cannot be decoded, and an "
                 "evaluation uses every image: restore the files and run the same command again: "
@@ -160,15 +164,9 @@ class TrainLoop:
             print(describe_row(row), flush=True)
 
     def finish(self, state: TrainState) -> None:
-        """Make sure that the last checkpoints are on disk; a failed write is tried once more."""
+        """Make sure that the last checkpoints are on disk."""
+        self.ensure_saved(state)
         best, latest = self.run_dir.path / BEST, self.run_dir.path / LATEST
-        is_unsaved = False
-        if self.context.is_main:  # without a latest.pt: a finished run, resumed into a new folder
-            is_unsaved = self._join_and_warn() or not latest.exists()
-        if self.context.max([is_unsaved])[0]:
-            self.checkpointer.failures = ALLOWED_FAILURES - 1
-            self.save(state)
-            self.checkpointer.join()
         if self.context.is_main and not best.exists():
             print(f"warning: {best} is missing: the last epoch takes its place", flush=True)
             replace_by_link(latest, best)
@@ -187,7 +185,7 @@ class TrainLoop:
         )
 
     def read_progress(self, state: TrainState, bar: tqdm) -> None:
-        """Show the running loss. Between two saves only this waits for the device."""
+        """Show the running loss. Apart from saves, only this waits for the device."""
         loss_sum, num_images = self.trainer.read_loss()
         state.grad_norms += self.trainer.read_grad_norms()
         self.diverged |= self.trainer.has_diverged(loss_sum)
@@ -199,13 +197,14 @@ class TrainLoop:
 
     # ------------------------------------------------------------------ saves and stops
 
-    def check_in(self, state: TrainState) -> None:
-        """All ranks share what one of them met, and act on it together.
+    def check_in(self, state: TrainState, save_after: float = float("inf")) -> None:
+        """Let all ranks know of a stop request, a diverged loss, unreadable images or a due save.
 
-        That is a stop request, a loss that is not finite, a save that is due, or too many
-        unreadable images.
+        They then act on it together. A save is due after save_seconds, or after `save_after`
+        seconds if that is less.
         """
-        is_due = self.context.is_main and time.monotonic() - self.saved_at > self.save_seconds
+        seconds = min(self.save_seconds, save_after)
+        is_due = self.context.is_main and time.monotonic() - self.saved_at > seconds
         stop, diverged, is_due, unreadable = self.context.sum(
             [self.stop.requested, self.diverged, is_due, len(self.unreadable.files)]
         )
@@ -248,7 +247,7 @@ class TrainLoop:
 
     def save_and_exit(self, state: TrainState) -> None:
         self.save(state)
-        self._join_and_warn()
+        self.ensure_saved(state)
         message = f"preempted, {self.position(state)}, resume with: {self.resume_command}"
         if self.context.is_main:
             self.run_dir.write_status(
@@ -262,14 +261,12 @@ class TrainLoop:
         raise Preempted(message)
 
     def raise_diverged(self, state: TrainState, what: str) -> None:
-        self._join_and_warn()
+        self.join_save()
         lr = self.lr_schedule(max(0, state.step - 1))
         message = f"{what} at {self.position(state)}, learning rate {lr:.4g}: use a smaller --lr"
         latest = self.run_dir.path / LATEST
         if latest.exists():
             message += f" ({latest} predates this)"
-        if self.context.is_main:
-            self.run_dir.write_status("diverged", message=message)
         raise Diverged(message)
 
     def gather_unreadable(self) -> list[str]:
@@ -280,14 +277,31 @@ class TrainLoop:
         names = self.gather_unreadable()  # two ranks may have met the same file
         if len(names) <= max_unreadable(state.num_images):
             return
+        self.unreadable.files.clear()  # once they are restored, the resumed run counts from zero
         self.save(state)
-        self._join_and_warn()
+        self.ensure_saved(state)
         raise UserError(
             f"{len(names)} training images cannot be decoded, too many to replace: restore the "
             f"files and run the same command again: {', '.join(names)}"
         )
 
-    def _join_and_warn(self) -> bool:
+    def ensure_saved(self, state: TrainState) -> None:
+        """Wait until the state is on disk; a write that failed is tried once more, on all ranks."""
+        is_unsaved = False
+        if self.context.is_main:  # latest.pt is missing where a finished run got a new folder
+            is_unsaved = self.join_save() or not (self.run_dir.path / LATEST).exists()
+        if not self.context.max([is_unsaved])[0]:
+            return
+        self.save(state)
+        error = None
+        try:
+            self.checkpointer.join(required=True)
+        except UserError as failure:
+            error = failure
+        if self.context.max([error is not None])[0]:
+            raise error or UserError(f"rank 0 could not write to {self.run_dir.path}")
+
+    def join_save(self) -> bool:
         """Wait for the checkpoint being written; True, and a warning, if it failed."""
         warning = self.checkpointer.join()
         if warning:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -23,7 +24,7 @@ from common.files import (
     write_atomic,
     write_json,
 )
-from training.checkpoint import BEST, LATEST, PREVIOUS
+from training.checkpoint import BEST, FRESH_LATEST, LATEST, PREVIOUS
 from training.run_config import CONFIG, LOG, RESULTS
 
 EVENTS, STATUS = "events.jsonl", "status.json"
@@ -43,7 +44,7 @@ class RunDir:
         """
         self._lock = open_lock(self.path)
         remove_temporary_files(self.path)
-        (self.path / f".{LATEST}.new").unlink(missing_ok=True)
+        (self.path / FRESH_LATEST).unlink(missing_ok=True)
         if (read_json(self.path / STATUS) or {}).get("state") == "running":
             # No other process has the lock, and the last one did not say how it ended.
             self.log_event("killed")
@@ -69,7 +70,7 @@ class RunDir:
     # ------------------------------------------------------------------ records
 
     def write_log(self, history: list[dict]) -> None:
-        text = "".join(json.dumps(row) + "\n" for row in history)
+        text = "".join(json.dumps(_without_nan(row)) + "\n" for row in history)
         self._write(LOG, lambda path: write_atomic(path, text))
 
     def log_event(self, kind: str, **details) -> None:
@@ -107,6 +108,14 @@ class RunDir:
             print(
                 f"warning: {self.path / name} could not be written ({error.strerror})", flush=True
             )
+
+
+def _without_nan(row: dict) -> dict:
+    """A row of the log with None for numbers that JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
 
 
 def provenance() -> dict:
