@@ -511,4 +511,4 @@ def export(args: argparse.Namespace, state: TrainState, model: torch.nn.Module) 
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ends_torchrun=True)

@@ -216,20 +216,16 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
     if re.search(_OUT_OF_MEMORY, text, re.IGNORECASE) or isinstance(error, MemoryError):
         detail = text.splitlines()[0] if text else "MemoryError"
         return f"error: out of memory: use a smaller --batch_size ({detail})", EXIT_FAILED
-    if _is_lost_rank(error):
+    if isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text):
+        detail = text.strip().splitlines()[-1]
         return (
-            "error: another rank has died: resume from latest.pt, as torchrun --max_restarts "
-            "does with --resume auto",
+            "error: the connection to another rank is lost: see that rank's error, then run the "
+            f"same command again, as torchrun --max_restarts does ({detail})",
             EXIT_FAILED,
         )
     if isinstance(error, OSError):  # a full disk or a folder without permission
         return f"error: {text}", EXIT_FAILED
     return None
-
-
-def _is_lost_rank(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text)
 
 
 def _print_error(line: str) -> None:

@@ -117,13 +117,13 @@ class OwnError(UserError):
     pass
 
 
-def outcome(error, capsys):
+def outcome(error, capsys, **options):
     def main():
         if error is not None:
             raise error
 
     with pytest.raises(SystemExit) as caught:
-        run(main)
+        run(main, **options)
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == (error is not None)
     return caught.value.code, err
@@ -205,7 +205,11 @@ def test_a_limit_of_the_machine_is_one_line_that_names_it_and_the_flag(capsys, t
 )
 def test_a_lost_rank_is_one_line(capsys, text):
     code, line = outcome(RuntimeError(text), capsys)
-    assert code == 1 and line.startswith("error: another rank has died: resume from latest.pt")
+    assert (
+        code == 1
+        and line.startswith("error: the connection to another rank is lost")
+        and text in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,6 +241,8 @@ def test_torchrun_is_told_to_stop_where_a_restart_would_fail_again(
     if max_restarts:
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", max_restarts)
     outcome(error, capsys)
+    assert signals == []  # a tool that a rank starts must not end torchrun
+    outcome(error, capsys, ends_torchrun=True)
     assert signals == ([(os.getppid(), signal.SIGTERM)] if told else [])
 
 
@@ -250,7 +256,7 @@ def test_torchrun_does_not_restart_a_run_that_is_out_of_memory(tmp_path):
         "    with open('starts', 'a') as file:\n"
         "        file.write('x')\n"
         "    raise RuntimeError('CUDA error: out of memory')\n"
-        "run(main)\n"
+        "run(main, ends_torchrun=True)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts=3"]
     done = subprocess.run(
@@ -325,14 +331,13 @@ def test_a_closed_output_does_not_end_a_program(monkeypatch, open_closed):
     stream.close()
 
 
-def test_a_full_disk_behind_the_output_is_still_an_error(monkeypatch):
+def test_a_full_disk_behind_the_output_does_not_end_a_run(monkeypatch):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full, which Linux has")
     with open("/dev/full", "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         cli.ignore_closed_output()
-        with pytest.raises(OSError, match="No space left"):
-            print("x" * 100_000, flush=True)
+        print("x" * 100_000, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -204,13 +204,23 @@ def test_every_error_is_in_status_json(tmp_path, error, message):
     assert read_json(tmp_path / "status.json") == {"state": "failed", "message": message}
 
 
-@pytest.mark.parametrize("error", [Preempted("x"), Diverged("x")])
-def test_the_loop_has_recorded_stops_and_divergence_itself(tmp_path, error):
+def test_the_loop_has_recorded_a_stop_itself(tmp_path):
     folder = RunDir(tmp_path)
     folder.write_status("preempted", step=3)
-    with pytest.raises(type(error)), folder.recording_failure():
-        raise error
+    with pytest.raises(Preempted), folder.recording_failure():
+        raise Preempted("x")
     assert read_json(tmp_path / "status.json") == {"state": "preempted", "step": 3}
+
+
+def test_divergence_has_a_state_of_its_own(tmp_path):
+    with pytest.raises(Diverged), RunDir(tmp_path).recording_failure():
+        raise Diverged("x")
+    assert read_json(tmp_path / "status.json") == {"state": "diverged", "message": "x"}
+
+
+def test_the_log_has_no_numbers_that_json_lacks(tmp_path):
+    RunDir(tmp_path).write_log([{"epoch": 1, "val_loss": float("nan"), "lr": 0.5}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1, "val_loss": null, "lr": 0.5}\n'
 
 
 def test_only_rank_0_records_a_failure(tmp_path):

@@ -81,6 +81,8 @@ def init_distributed() -> DistributedContext:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         visible = torch.cuda.device_count()
+        if visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            local_rank = 0  # a scheduler such as srun shows each process its own GPU
         if local_rank >= visible:
             raise UserError(
                 f"torchrun started {local_world_size} processes on this machine, which has "

@@ -91,13 +91,14 @@ class RunDir:
         """Write into status.json how the block ended if it raises (rank 0 only: `active`)."""
         try:
             yield
-        except (Preempted, Diverged):
-            raise  # the loop has written these
+        except Preempted:
+            raise  # its status says how to resume
         except BaseException as error:
             if active:
+                state = "diverged" if isinstance(error, Diverged) else "failed"
                 line, _ = explain_error(error) or (str(error) or type(error).__name__, None)
                 message = " ".join(line.removeprefix("error: ").split())
-                self.write_status("failed", message=message)
+                self.write_status(state, message=message)
             raise
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
