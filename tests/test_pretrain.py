@@ -512,7 +512,7 @@ def test_a_branch_without_a_usable_best_has_one_at_its_end(tree, spoil, capsys):
     spoil(Path("checkpoints/best.pt"))
     branch(tree, "--epochs", "3")
     assert saved("branch/best.pt").epoch == 3
-    assert "branch/best.pt is missing: it will be the best epoch" in capsys.readouterr().out
+    assert "branch/best.pt is not of epoch 1, the best one" in capsys.readouterr().out
 
 
 @TINY
