@@ -23,11 +23,11 @@ from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, ru
 from common.errors import UserError
 from common.processes import read_integer
 from data.imagenet import load_imagenet
-from data.images import EvalSet, TrainSet, spot_check
+from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.loading import EvalLoader, TrainLoader
 from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import digest_of
-from data.transforms import EvalTransform, make_augmentation
+from data.transforms import Augment, EvalTransform, make_augmentation
 from models import CHOICES, build_model, model_name
 from models.twistnet import read_gates
 from models.weights import weights_stem
@@ -63,8 +63,18 @@ RUN_FLAGS = ("recipe", "model", *FLAGS, "img_size", "seed")
 
 def make_parser() -> Parser:
     parser = Parser(prog="pretrain_imagenet.py", description=__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument(
+    add_data_flags(parser.add_argument_group("data"))
+    add_recipe_flags(parser.add_argument_group("recipe", "defaults are those of the chosen recipe"))
+    parser.set_defaults(**{name: PRETRAIN["guide"][name] for name in FLAGS})
+    add_amp_flags(parser.add_argument_group("speed")).add_argument(
+        "--compile", action="store_true", help="compile the network with torch.compile"
+    )
+    add_file_flags(parser.add_argument_group("files"))
+    return parser
+
+
+def add_data_flags(group) -> None:
+    group.add_argument(
         "--data_dir",
         type=Path,
         default=Path("data/imagenet"),
@@ -72,14 +82,14 @@ def make_parser() -> Parser:
         help="folder with train/ and val/, each with one folder of images per class; or a folder "
         "packed by tools.pack",
     )
-    data.add_argument(
+    group.add_argument(
         "--img_size",
         type=at_least(32),
         default=224,
         metavar="PX",
         help="side of the training and validation crop, in pixels",
     )
-    data.add_argument(
+    group.add_argument(
         "--workers",
         type=at_least(0),
         default=8,
@@ -87,8 +97,10 @@ def make_parser() -> Parser:
         help="loader workers per process, at most one per CPU core; raise it if training waits for "
         "data",
     )
-    recipe = parser.add_argument_group("recipe", "defaults are those of the chosen recipe")
-    recipe.add_argument(
+
+
+def add_recipe_flags(group) -> None:
+    group.add_argument(
         "--recipe",
         default="guide",
         choices=PRETRAIN,
@@ -96,99 +108,96 @@ def make_parser() -> Parser:
         help="guide (this project's), or a1 (timm's A1: steps of 2048 images by accumulation; "
         "pip install timm)",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--model",
         default="twistnet18",
         type=model_name,
         metavar="NAME",
         help=f"network to train: {CHOICES}",
     )
-    recipe.add_argument("--epochs", type=at_least(1), metavar="N", help="number of training epochs")
-    recipe.add_argument(
+    group.add_argument("--epochs", type=at_least(1), metavar="N", help="number of training epochs")
+    group.add_argument(
         "--batch_size",
         type=at_least(1),
         metavar="B",
         help="images per GPU per step (with --recipe a1: per micro-batch); lower it if you run out "
         "of memory",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--lr",
         type=at_least(0, float),
         metavar="LR",
         help="learning rate for a global batch of 256, scaled linearly with it (with --recipe a1: "
         "used as it is)",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--weight_decay",
         type=at_least(0, float),
         metavar="WD",
         help="weight decay of convolutions and linear layers; norms, biases and gates have none",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--warmup_epochs",
         type=at_least(0, float),
         metavar="N",
         help="epochs of linear warm-up of the learning rate",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--label_smoothing",
         type=at_least(0, float),
         metavar="E",
         help="label smoothing, also applied to MixUp and CutMix targets",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--clip_norm",
         type=at_least(0, float),
         metavar="N",
         help="largest gradient norm of a step, to which larger ones are scaled down; 0 disables it",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--seed",
         type=at_least(0),
         default=42,
         metavar="S",
         help="seed of the initial weights, the data order and the augmentation",
     )
-    parser.set_defaults(**{name: PRETRAIN["guide"][name] for name in FLAGS})
-    add_amp_flags(parser.add_argument_group("speed")).add_argument(
-        "--compile", action="store_true", help="compile the network with torch.compile"
-    )
-    files = parser.add_argument_group("files")
-    files.add_argument(
+
+
+def add_file_flags(group) -> None:
+    group.add_argument(
         "--checkpoint_dir",
         type=Path,
         default=Path("checkpoints"),
         metavar="DIR",
         help="folder of this run's checkpoints and log; one folder per run",
     )
-    files.add_argument(
+    group.add_argument(
         "--weights_dir",
         type=Path,
         default=Path("weights"),
         metavar="DIR",
         help="folder where the final weights are written, and where train.py finds them",
     )
-    files.add_argument(
+    group.add_argument(
         "--resume",
         type=Path,
         metavar="FILE",
         help="checkpoint to resume with its own settings; 'auto': latest.pt of --checkpoint_dir if "
         "it exists, else a new run",
     )
-    files.add_argument(
+    group.add_argument(
         "--overwrite",
         action="store_true",
         help="archive the run that is in --checkpoint_dir and start a new one",
     )
-    files.add_argument(
+    group.add_argument(
         "--save_minutes",
         type=at_least(0, float),
         default=15,
         metavar="M",
         help="minutes between checkpoints within an epoch",
     )
-    add_tensorboard_flag(files)
-    return parser
+    add_tensorboard_flag(group)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
@@ -239,42 +248,16 @@ def main(argv: list[str] | None = None) -> None:
         prepare_checkpoint_dir(run_dir, args.resume, overwrite=args.overwrite)
         make_weights_dir(args.weights_dir)
     context.barrier()
-    with run_dir.recording_failure(active=context.is_main):
-        # The state: of a new run, or of the one to resume.
-        digest = digest_of(classes, {"train": train})
-        resumed = load_run(args.resume, args.checkpoint_dir, context)
-        if resumed:
-            state, tensors, path = resumed
-            restore_flags(args, given, state, path)
-            check_same_data(state, classes, len(train), digest, args.data_dir)
-            if context.is_main:
-                print(describe_resumed(state, path, args.epochs), flush=True)
-                if is_branch(args.resume, args.checkpoint_dir):
-                    copy_best(state, path.parent, args.checkpoint_dir)
-        else:
-            state = TrainState(make_config(args, context), classes, len(train))
-        state.data_digest = digest
-        config = state.config
 
+    # The state: of a new run, or of the one to resume.
+    state, tensors = open_state(args, given, train, classes, context)
+    config = state.config
+    with run_dir.recording_failure(active=context.is_main):
         # Loaders.
         sampler = make_sampler(len(train), config, context)
-        if state.step > args.epochs * sampler.steps_per_epoch:
-            raise UserError(
-                f"--epochs {args.epochs} is less than the run has trained: its epoch "
-                f"{state.epoch + 1} has begun"
-            )
-        transform, augment = make_augmentation(
-            config, size=args.img_size, seed=args.seed, num_classes=len(classes)
-        )
-        loading = {"workers": args.workers, "pin_memory": context.device.type == "cuda"}
-        val_loader = EvalLoader(
-            EvalSet(val, EvalTransform(args.img_size, config["test_resize"])),
-            batch_size=args.batch_size,
-            rank=context.rank,
-            world_size=context.world_size,
-            **loading,
-        )
-        train_loader = TrainLoader(TrainSet(train, transform, args.seed), sampler, **loading)
+        check_epochs(state, args.epochs * sampler.steps_per_epoch)
+        val_loader = make_val_loader(val, args, config, context)
+        train_loader, augment = make_train_loader(train, classes, sampler, args, config)
 
         # The network, and what trains it.
         torch.manual_seed(args.seed)
@@ -284,19 +267,13 @@ def main(argv: list[str] | None = None) -> None:
             img_size=args.img_size,
             stochastic_depth=config["stochastic_depth"],
         )
-        lr = args.lr
-        if config["lr_images"]:
-            lr = args.lr * sampler.global_batch / config["lr_images"]
-        trainer = make_trainer(config, model, context, augment, lr=lr)
-        if resumed:
+        schedule = make_schedule_settings(args, config, sampler)
+        trainer = make_trainer(config, model, context, augment, lr=schedule["base"])
+        if tensors:
             load_tensors(trainer, tensors)
+            tensors.clear()  # the host's copy, which nobody needs any more
         if args.compile:
             model.compile()
-        total_steps = args.epochs * sampler.steps_per_epoch
-        warmup_steps = count_warmup_steps(
-            args.warmup_epochs, steps_per_epoch=sampler.steps_per_epoch, total_steps=total_steps
-        )
-        schedule = {"base": lr, "total_steps": total_steps, "warmup_steps": warmup_steps}
         if context.is_main:
             print_run_summary(
                 config, sampler, len(val), state, model, train_loader.workers, **schedule
@@ -325,6 +302,38 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # ---------------------------------------------------------------- resuming
+
+
+def open_state(
+    args: argparse.Namespace,
+    given: set[str],
+    train: ImageFiles,
+    classes: list[str],
+    context: DistributedContext,
+) -> tuple[TrainState, dict[str, dict]]:
+    """The state and the tensors (none for a new run); puts a resumed run's flags into args."""
+    digest = digest_of(classes, {"train": train})
+    resumed = load_run(args.resume, args.checkpoint_dir, context)
+    if resumed is None:
+        config = make_config(args, context)
+        return TrainState(config, classes, len(train), data_digest=digest), {}
+    state, tensors, path = resumed
+    restore_flags(args, given, state, path)
+    check_same_data(state, classes, len(train), digest, args.data_dir)
+    state.data_digest = digest
+    if context.is_main:
+        print(describe_resumed(state, path, args.epochs), flush=True)
+        if is_branch(args.resume, args.checkpoint_dir):
+            copy_best(state, path.parent, args.checkpoint_dir)
+    return state, tensors
+
+
+def check_epochs(state: TrainState, total_steps: int) -> None:
+    if state.step > total_steps:
+        raise UserError(
+            f"--epochs {state.config['epochs']} is less than the run has trained: its epoch "
+            f"{state.epoch + 1} has begun"
+        )
 
 
 def restore_flags(args: argparse.Namespace, given: set[str], state: TrainState, path: Path) -> None:
@@ -424,6 +433,49 @@ def make_sampler(num_images: int, config: dict, context: DistributedContext) -> 
     )
     check_batch_norm(sampler, batch_size, config["img_size"])
     return sampler
+
+
+def make_val_loader(
+    val: ImageFiles, args: argparse.Namespace, config: dict, context: DistributedContext
+) -> EvalLoader:
+    return EvalLoader(
+        EvalSet(val, EvalTransform(args.img_size, config["test_resize"])),
+        batch_size=args.batch_size,
+        workers=args.workers,
+        pin_memory=context.device.type == "cuda",
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+
+
+def make_train_loader(
+    train: ImageFiles,
+    classes: list[str],
+    sampler: StepSampler,
+    args: argparse.Namespace,
+    config: dict,
+) -> tuple[TrainLoader, Augment]:
+    """The loader, and the device's part of the augmentation."""
+    transform, augment = make_augmentation(
+        config, size=args.img_size, seed=args.seed, num_classes=len(classes)
+    )
+    dataset = TrainSet(train, transform, args.seed)
+    pin_memory = torch.cuda.is_available()
+    return TrainLoader(dataset, sampler, workers=args.workers, pin_memory=pin_memory), augment
+
+
+def make_schedule_settings(
+    args: argparse.Namespace, config: dict, sampler: StepSampler
+) -> dict[str, float]:
+    """The peak learning rate, scaled with the batch where the recipe says so, and the steps."""
+    lr = args.lr
+    if config["lr_images"]:
+        lr = args.lr * sampler.global_batch / config["lr_images"]
+    total_steps = args.epochs * sampler.steps_per_epoch
+    warmup_steps = count_warmup_steps(
+        args.warmup_epochs, steps_per_epoch=sampler.steps_per_epoch, total_steps=total_steps
+    )
+    return {"base": lr, "total_steps": total_steps, "warmup_steps": warmup_steps}
 
 
 def make_trainer(

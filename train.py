@@ -26,7 +26,7 @@ from data.loading import EvalLoader, TrainLoader
 from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import Splits, fingerprint
 from data.textures import DATASETS, download_dtd, load_splits
-from data.transforms import EvalTransform, make_augmentation
+from data.transforms import Augment, EvalTransform, make_augmentation
 from models import CHOICES, build_model, model_name
 from models.macs import count_macs
 from models.twistnet import read_gates
@@ -63,118 +63,127 @@ MIN_EVAL_BATCH = 32  # images: small training batches need not make evaluations 
 
 def make_parser() -> Parser:
     parser = Parser(prog="train.py", description=__doc__)
-    data = parser.add_argument_group("data")
-    data.add_argument(
+    add_data_flags(parser.add_argument_group("data"))
+    add_recipe_flags(parser.add_argument_group("recipe"))
+    add_amp_flags(parser.add_argument_group("speed"))
+    add_file_flags(parser.add_argument_group("files"))
+    return parser
+
+
+def add_data_flags(group) -> None:
+    group.add_argument(
         "--data_dir",
         type=Path,
         default=Path("data/dtd"),
         metavar="DIR",
         help="folder of the dataset; data/README.md lists the layouts",
     )
-    data.add_argument(
+    group.add_argument(
         "--dataset",
         default="dtd",
         choices=DATASETS,
         metavar="NAME",
         help=f"one of {', '.join(DATASETS)}",
     )
-    data.add_argument(
+    group.add_argument(
         "--fold", type=at_least(1), default=1, metavar="K", help="which of the dataset's splits"
     )
-    data.add_argument(
+    group.add_argument(
         "--num_folds",
         type=at_least(1),
         default=10,
         metavar="N",
         help="number of random splits of --dataset folder",
     )
-    data.add_argument(
+    group.add_argument(
         "--download",
         action="store_true",
         help="download DTD into --data_dir first, unless it is there",
     )
-    data.add_argument(
+    group.add_argument(
         "--workers",
         type=at_least(0),
         default=4,
         metavar="N",
         help="loader workers, at most one per CPU core",
     )
-    data.add_argument(
+    group.add_argument(
         "--no_cache",
         action="store_true",
         help="decode the images in every epoch instead of caching their pixels once for all runs "
         "in .twistnet_cache beside them",
     )
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument(
+
+
+def add_recipe_flags(group) -> None:
+    group.add_argument(
         "--model",
         default="twistnet18",
         type=model_name,
         metavar="NAME",
         help=f"network to train: {CHOICES}",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--pretrained",
         default="auto",
         metavar="auto|none|PATH",
         help="initial weights: auto finds weights/<model>_imagenet.pt (weights/timm-NAME_imagenet"
         ".pt for timm/NAME, else timm's own weights), none trains from scratch",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--seed",
         type=at_least(0),
         default=42,
         metavar="S",
         help="seed of the new layers, the data order and the augmentation",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--epochs", type=at_least(1), default=100, metavar="N", help="number of training epochs"
     )
-    recipe.add_argument(
+    group.add_argument(
         "--batch_size",
         type=at_least(1),
         default=32,
         metavar="B",
         help="images per step; lower it if you run out of memory",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--lr",
         type=at_least(0, float),
         default=0.01,
         metavar="LR",
         help="peak learning rate, after the warm-up",
     )
-    recipe.add_argument(
+    group.add_argument(
         "--img_size",
         type=at_least(32),
         default=224,
         metavar="PX",
         help="side of the crop, in pixels",
     )
-    add_amp_flags(parser.add_argument_group("speed"))
-    files = parser.add_argument_group("files")
-    files.add_argument(
+
+
+def add_file_flags(group) -> None:
+    group.add_argument(
         "--run_dir",
         type=Path,
         default=Path("runs"),
         metavar="DIR",
         help="folder in which this run gets a folder of its own",
     )
-    files.add_argument(
+    group.add_argument(
         "--overwrite",
         action="store_true",
         help="archive an existing run in RUN_DIR/overwritten and start a new one",
     )
-    files.add_argument(
+    group.add_argument(
         "--save_minutes",
         type=at_least(0, float),
         default=15,
         metavar="M",
         help="minutes between checkpoints within an epoch",
     )
-    add_tensorboard_flag(files)
-    return parser
+    add_tensorboard_flag(group)
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -209,34 +218,22 @@ def main(argv: list[str] | None = None) -> None:
             f"{results['test_acc']:.1f}"
         )
         return
-    with run_dir.recording_failure():
-        # A new run, or the state of the one to resume.
-        state, tensors = load_state(run_dir.path, config)
-        state = state or TrainState(config, splits.classes, len(splits.train))
 
+    # The state: of a new run, or of the one to resume.
+    state, tensors = load_state(run_dir.path, config)
+    state = state or TrainState(config, splits.classes, len(splits.train))
+    with run_dir.recording_failure():
         # Loaders.
         if not args.no_cache:
-            splits = with_pixel_cache(
-                splits,
-                workers=min(args.workers, usable_cpus()),
-                stop=lambda: stop.requested,
-            )
+            workers = min(args.workers, usable_cpus())
+            splits = with_pixel_cache(splits, workers=workers, stop=lambda: stop.requested)
         spot_check(splits.val)
         spot_check(splits.test)
-        sampler = StepSampler(
-            len(splits.train), seed=args.seed, micro_batch=args.batch_size, micro_batches=1
-        )
-        check_batch_norm(sampler, args.batch_size, args.img_size)
-        transform, augment = make_augmentation(
-            FINETUNE, size=args.img_size, seed=args.seed, num_classes=len(splits.classes)
-        )
-        loading = {"workers": args.workers, "pin_memory": context.device.type == "cuda"}
         evaluators = {
-            name: make_evaluator(getattr(splits, name), args, context, config, loading)
+            name: make_evaluator(getattr(splits, name), args, context, config)
             for name in ("val", "test")
         }
-        train_set = TrainSet(splits.train, transform, args.seed)
-        train_loader = TrainLoader(train_set, sampler, **loading)
+        train_loader, augment = make_train_loader(splits, args)
 
         # The network, and what trains it.
         torch.manual_seed(args.seed)
@@ -245,23 +242,14 @@ def main(argv: list[str] | None = None) -> None:
             state.weights = load_pretrained(
                 model, args.model, args.pretrained, img_size=args.img_size
             )
-        model.to(context.device, memory_format=torch.channels_last)
-        trainer = Trainer(
-            model,
-            make_optimizer(FINETUNE, model, lr=args.lr),
-            context,
-            config["precision"],
-            augment,
-            label_smoothing=FINETUNE["label_smoothing"],
-            clip_norm=FINETUNE["clip_norm"],
-            seed_forward=lambda step, micro: seed_network(args.seed, step, micro, 2),
-        )
+        trainer = make_trainer(model, args, context, config, augment)
         if tensors:
             load_tensors(trainer, tensors)
-        total_steps = args.epochs * sampler.steps_per_epoch
+            tensors.clear()  # the host's copy, which nobody needs any more
+        total_steps = args.epochs * train_loader.steps_per_epoch
         warmup_steps = count_warmup_steps(
             FINETUNE["warmup_epochs"],
-            steps_per_epoch=sampler.steps_per_epoch,
+            steps_per_epoch=train_loader.steps_per_epoch,
             total_steps=total_steps,
         )
 
@@ -355,18 +343,50 @@ def load_state(folder: Path, config: dict) -> tuple[TrainState | None, dict | No
 
 
 def make_evaluator(
-    source: ImageFiles,
-    args: argparse.Namespace,
-    context: DistributedContext,
-    config: dict,
-    loading: dict,
+    source: ImageFiles, args: argparse.Namespace, context: DistributedContext, config: dict
 ) -> Evaluator:
     loader = EvalLoader(
         EvalSet(source, EvalTransform(args.img_size)),
         batch_size=max(args.batch_size, MIN_EVAL_BATCH),
-        **loading,
+        workers=args.workers,
+        pin_memory=context.device.type == "cuda",
     )
     return Evaluator(loader, context, config["precision"])
+
+
+def make_train_loader(splits: Splits, args: argparse.Namespace) -> tuple[TrainLoader, Augment]:
+    """The loader, and the device's part of the augmentation."""
+    sampler = StepSampler(
+        len(splits.train), seed=args.seed, micro_batch=args.batch_size, micro_batches=1
+    )
+    check_batch_norm(sampler, args.batch_size, args.img_size)
+    transform, augment = make_augmentation(
+        FINETUNE, size=args.img_size, seed=args.seed, num_classes=len(splits.classes)
+    )
+    dataset = TrainSet(splits.train, transform, args.seed)
+    pin_memory = torch.cuda.is_available()
+    return TrainLoader(dataset, sampler, workers=args.workers, pin_memory=pin_memory), augment
+
+
+def make_trainer(
+    model: torch.nn.Module,
+    args: argparse.Namespace,
+    context: DistributedContext,
+    config: dict,
+    augment: Augment,
+) -> Trainer:
+    """The network on its device, with the optimizer of the recipe."""
+    model.to(context.device, memory_format=torch.channels_last)
+    return Trainer(
+        model,
+        make_optimizer(FINETUNE, model, lr=args.lr),
+        context,
+        config["precision"],
+        augment,
+        label_smoothing=FINETUNE["label_smoothing"],
+        clip_norm=FINETUNE["clip_norm"],
+        seed_forward=lambda step, micro: seed_network(args.seed, step, micro, 2),
+    )
 
 
 def leave_if_requested(stop: StopRequest, run_dir: RunDir, resume_command: str) -> None:

@@ -642,7 +642,7 @@ def test_every_way_out_is_in_status_json_and_the_run_can_be_resumed(tree, monkey
 
     with pytest.raises(UserError, match="lr 0.1 → 0.2"):
         pretrain(tree, lr=0.2)
-    assert status()["state"] == "failed" and "lr 0.1 → 0.2" in status()["message"]
+    assert status()["message"].startswith("out of memory")  # a refused command did not run
 
     pretrain(tree)  # after all of them
     assert status() == {"state": "finished", "epoch": 3} and len(rows()) == 3
