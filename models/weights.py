@@ -28,7 +28,9 @@ from models.torchvision_weights import SOURCE, fetch_resnet18, load_resnet, load
 from models.weights_file import WeightsFile, read_bytes, read_weights
 
 SCRIPT_DIR = Path(__file__).resolve().parent.parent
-TITLES = {"resnet18": "ResNet-18", "seresnet18": "SE-ResNet-18"}  # all others are TwistNet
+# Networks that torchvision's weights fill, and their titles; all others are TwistNets, of which
+# these weights fill the early layers.
+TITLES = {"resnet18": "ResNet-18", "seresnet18": "SE-ResNet-18"}
 # Networks that may be filled in part, and with whose weights.
 PARTIAL = {
     "seresnet18": "resnet18",

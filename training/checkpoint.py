@@ -22,7 +22,12 @@ TENSORS = ("model", "optimizer", "scaler")  # a checkpoint's state dicts, see Tr
 
 @dataclass
 class TrainState:
-    """Everything in a checkpoint but the tensors: what the run is, and its progress."""
+    """Everything in a checkpoint but the tensors: what the run is, and its progress.
+
+    A checkpoint is one flat dictionary: these fields, and the state dicts `model`, `optimizer` and
+    `scaler` (see Trainer.state_dict). It has no state of random generators: draws depend only on
+    seed, epoch, step and index.
+    """
 
     config: dict  # recipe and flags: what makes two runs the same run
     classes: list[str]
