@@ -13,6 +13,7 @@ Writes latest.pt, best.pt, log.jsonl and, at the end, <model>_imagenet.pt with i
 """
 
 import argparse
+import math
 import secrets
 import shlex
 from pathlib import Path
@@ -27,8 +28,14 @@ from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.loading import EvalLoader, TrainLoader
 from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import digest_of
-from data.transforms import Augment, EvalTransform, make_augmentation
-from models import CHOICES, build_model, model_name
+from data.transforms import (
+    Augment,
+    find_test_size,
+    find_train_sizes,
+    make_augmentation,
+    make_eval_transform,
+)
+from models import CHOICES, build_model, has_fixed_size, model_name
 from models.twistnet import read_gates
 from models.weights import weights_stem
 from training.checkpoint import (
@@ -87,7 +94,8 @@ def add_data_flags(group) -> None:
         type=at_least(32),
         default=224,
         metavar="PX",
-        help="side of the training and validation crop, in pixels",
+        help="side of the training and validation crop, in pixels; --recipe fast trains on smaller "
+        "crops and validates on larger ones, in proportion",
     )
     group.add_argument(
         "--workers",
@@ -105,8 +113,8 @@ def add_recipe_flags(group) -> None:
         default="guide",
         choices=PRETRAIN,
         metavar="NAME",
-        help="guide (this project's), or a1 (timm's A1: steps of 2048 images by accumulation; "
-        "pip install timm)",
+        help="guide (this project's), fast (growing images, 88 epochs), or a1 (timm's A1: steps of "
+        "2048 images by accumulation; pip install timm)",
     )
     group.add_argument(
         "--model",
@@ -214,6 +222,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[s
             f"--batch_size {args.batch_size} does not divide the {global_batch} images per step "
             f"of --recipe {args.recipe}: use one that does, such as 256"
         )
+    if PRETRAIN[args.recipe].get("train_sizes") and has_fixed_size(args.model):
+        raise UserError(
+            f"--recipe {args.recipe} trains on images of several sizes and {args.model} takes a "
+            "single one: use another --recipe"
+        )
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite starts a new one: use only one")
     if args.overwrite and read_integer("TORCHELASTIC_RESTART_COUNT", 0):
@@ -292,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             loggers=loggers,
             extra_columns=lambda: read_gates(model),
             save_seconds=60 * args.save_minutes,
+            validate_every=count_validation_interval(config, len(train), len(val)),
         ).fit(state)
 
         # The weights.
@@ -431,7 +445,7 @@ def make_sampler(num_images: int, config: dict, context: DistributedContext) -> 
         world_size=context.world_size,
         repeats=config["repeats"],
     )
-    check_batch_norm(sampler, batch_size, config["img_size"])
+    check_batch_norm(sampler, batch_size, min(find_train_sizes(config)))
     return sampler
 
 
@@ -439,7 +453,7 @@ def make_val_loader(
     val: ImageFiles, args: argparse.Namespace, config: dict, context: DistributedContext
 ) -> EvalLoader:
     return EvalLoader(
-        EvalSet(val, EvalTransform(args.img_size, config["test_resize"])),
+        EvalSet(val, make_eval_transform(config)),
         batch_size=args.batch_size,
         workers=args.workers,
         pin_memory=context.device.type == "cuda",
@@ -462,6 +476,12 @@ def make_train_loader(
     dataset = TrainSet(train, transform, args.seed)
     pin_memory = torch.cuda.is_available()
     return TrainLoader(dataset, sampler, workers=args.workers, pin_memory=pin_memory), augment
+
+
+def count_validation_interval(config: dict, num_train_images: int, num_val_images: int) -> int:
+    """Epochs from one validation to the next, as the recipe limits their share of the images."""
+    share = config.get("validation_share")
+    return math.ceil(num_val_images / (share * num_train_images)) if share else 1
 
 
 def make_schedule_settings(
@@ -524,6 +544,13 @@ def print_run_summary(
         f"{lr}, {config['epochs']} epochs of {sampler.steps_per_epoch} steps, "
         f"{config['precision']}, {workers} workers per process"
     )
+    if "train_sizes" in config:
+        low, high = find_train_sizes(config)
+        every = count_validation_interval(config, sampler.num_images, num_val_images)
+        print(
+            f"training at {low}-{high} px, validation at {find_test_size(config)} px"
+            + (f", validation every {every} epochs" if every > 1 else "")
+        )
     if sampler.micro_batch < config["batch_size"]:
         print(
             f"the training set is smaller than a batch of {config['batch_size']} per process: "

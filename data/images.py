@@ -112,7 +112,7 @@ class TrainSet(Dataset):
         epoch, index, *repeat = key
         # 1 and 2 as the fourth number are used for the seeds of micro-batches.
         with seeded(self.seed, epoch, index, *(3 + number for number in repeat)):
-            image, draws = self.transform(image)
+            image, draws = self.transform(image, epoch, index)
         return Sample(image, int(self.source.labels[index]), index, draws, broken)
 
     def _read(self, index: int) -> tuple[torch.Tensor, int]:

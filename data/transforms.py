@@ -6,7 +6,7 @@ on whole batches (`Augment`).
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch.nn.functional import one_hot
@@ -14,12 +14,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from data.randaugment import RandAugment
-from data.sampling import seeded
+from data.sampling import key_seed, seeded
 from data.timm_randaugment import TimmRandAugment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _BICUBIC = v2.InterpolationMode.BICUBIC
+RECIPE_SIZE = 224  # px; the sizes in recipes are for this --img_size, others are in proportion
 MAX_ASPECT = 32  # longer side over shorter: of longer images, evaluation resizes only the centre
 
 
@@ -28,33 +29,91 @@ class TrainTransform:
 
     RandomResizedCrop: Szegedy et al. 2015, arXiv:1409.4842, section 6. `scale` is the range of the
     crop's share of the image's area; `num_ops` operations are drawn for the device to apply;
-    `post_crop` is applied to the crop here, in the worker.
+    `post_crop` is applied to the crop here, in the worker. `size` is the side of the crop, or a
+    function that returns it for an epoch; `flip` decides whether to flip, by epoch and index.
     """
 
     def __init__(
         self,
-        size: int,
+        size: int | Callable[[int], int],
         *,
         scale: tuple[float, float] = (0.08, 1.0),
         num_ops: int = 2,
         post_crop: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        flip: Callable[[int, int], bool] | None = None,
     ):
-        self.crop = v2.RandomResizedCrop(size, scale=scale, interpolation=_BICUBIC)
+        self.size_at = size if callable(size) else lambda epoch: size
+        self.crop = v2.RandomResizedCrop(1, scale=scale, interpolation=_BICUBIC)
         self.num_ops, self.post_crop = num_ops, post_crop
+        self.flip = flip or flip_randomly
 
-    def __call__(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, image: torch.Tensor, epoch: int = 0, index: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # Crop: torchvision's draws and kernels, without its dispatch, which takes as long.
         box = self.crop.make_params([image])
         top, left = box["top"], box["left"]
         crop = image[:, top : top + box["height"], left : left + box["width"]]
         # Resize: fastest if the three values of a pixel are next to each other in memory.
         crop = crop.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        crop = F.resize_image(crop, self.crop.size, interpolation=_BICUBIC, antialias=True)
-        if torch.rand(1) < 0.5:
+        size = [self.size_at(epoch)] * 2
+        crop = F.resize_image(crop, size, interpolation=_BICUBIC, antialias=True)
+        if self.flip(epoch, index):
             crop = F.horizontal_flip_image(crop)
         if self.post_crop:
             crop = self.post_crop(crop)
         return crop, RandAugment.draw(self.num_ops)
+
+
+def flip_randomly(epoch: int, index: int) -> bool:
+    return bool(torch.rand(1) < 0.5)
+
+
+class AlternatingFlip:
+    """Flip each image in every second epoch; whether in the first depends on (seed, index).
+
+    Two epochs thus show an image both ways. Source: Jordan 2024, arXiv:2404.00498, section 3.6.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __call__(self, epoch: int, index: int) -> bool:
+        return (key_seed(self.seed, 0, index, 0, 1) + epoch) % 2 == 1
+
+
+def ramp_size(epoch: int, *, epochs: int, low: int, high: int) -> int:
+    """Side of the training crop in `epoch` (counted from 0) of a run of `epochs` epochs.
+
+    It is `low` for two thirds of the run, then rises linearly and is `high` in the last epoch;
+    always a multiple of 16 pixels.
+
+    >>> [ramp_size(e, epochs=9, low=160, high=192) for e in range(9)]
+    [160, 160, 160, 160, 160, 160, 176, 176, 192]
+    """
+    progress = (3 * (epoch + 1) - 2 * epochs) / epochs
+    return round_to_16(low + (high - low) * max(0.0, progress))
+
+
+def find_train_sizes(config: dict) -> tuple[int, int]:
+    """Side of the training crops at the start and at the end of a run, in pixels."""
+    img_size = config.get("img_size", RECIPE_SIZE)
+    if not config.get("train_sizes"):
+        return img_size, img_size
+    low, high = (round_to_16(size * img_size / RECIPE_SIZE) for size in config["train_sizes"])
+    return low, high
+
+
+def find_test_size(config: dict) -> int:
+    """Side of the validation crop of a run, in pixels."""
+    img_size = config.get("img_size", RECIPE_SIZE)
+    if not config.get("test_size"):
+        return img_size
+    return round_to_16(config["test_size"] * img_size / RECIPE_SIZE)
+
+
+def round_to_16(size: float) -> int:
+    return max(32, 16 * round(size / 16))
 
 
 class EvalTransform:
@@ -90,7 +149,7 @@ def make_eval_transform(config: dict, size: int | None = None) -> EvalTransform:
 
     config: the training run's, as in its checkpoint and its weights file.
     """
-    return EvalTransform(size or config.get("img_size", 224), config.get("test_resize", 256))
+    return EvalTransform(size or find_test_size(config), config.get("test_resize", 256))
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -117,7 +176,8 @@ class Augment:
     """The part of training augmentation that runs on the device: RandAugment, normalise, mixing.
 
     Each micro-batch is mixed by MixUp or by CutMix, with equal chance; what is drawn depends only
-    on (seed, step, micro). `mixup` and `cutmix` are the alphas of their Beta distributions.
+    on (seed, step, micro). `mixup` and `cutmix` are the alphas of their Beta distributions, and 0
+    leaves that one out.
     """
 
     def __init__(
@@ -131,7 +191,11 @@ class Augment:
     ):
         self.num_classes, self.seed = num_classes, seed
         self.randaugment = RandAugment(magnitude=magnitude)
-        self.mixup, self.cutmix = v2.MixUp(alpha=mixup), v2.CutMix(alpha=cutmix)
+        self.mixing = []
+        if mixup > 0:
+            self.mixing.append((mix_up, v2.MixUp(alpha=mixup)))
+        if cutmix > 0:
+            self.mixing.append((cut_mix, v2.CutMix(alpha=cutmix)))
 
     def __call__(
         self,
@@ -150,10 +214,11 @@ class Augment:
         """
         images = normalise(self.randaugment(images, draws))
         targets = one_hot(labels, self.num_classes)
+        if not self.mixing:
+            return images, targets.float()
         with seeded(self.seed, step, micro, 1):  # the 1 keeps these draws apart from other keys
-            if int(torch.randint(2, ())) == 0:
-                return mix_up(images, targets, **self.mixup.make_params([images]))
-            return cut_mix(images, targets, **self.cutmix.make_params([images]))
+            mix, draws = self.mixing[int(torch.randint(len(self.mixing), ()))]
+            return mix(images, targets, **draws.make_params([images]))
 
 
 def mix_up(
@@ -196,17 +261,24 @@ def make_augmentation(
 ) -> tuple[TrainTransform, Augment]:
     """Make the workers' part and the device's part of a recipe's augmentation.
 
-    Used of the recipe: crop_scale, randaugment, mixup and cutmix. randaugment is [operations per
-    image, magnitude] for torchvision's, or the name of a policy for timm's. Raises UserError if
-    timm is required and not installed.
+    Used of the recipe: crop_scale, randaugment, mixup and cutmix; and, where it has them,
+    train_sizes with epochs, and flip. randaugment is [operations per image, magnitude] for
+    torchvision's, or the name of a policy for timm's. `size` is that of --img_size. Raises
+    UserError if timm is required and not installed.
     """
     (num_ops, magnitude), post_crop = (0, 0), None
     if isinstance(recipe["randaugment"], str):
         post_crop = TimmRandAugment(recipe["randaugment"], size=size, mean=IMAGENET_MEAN)
     else:
         num_ops, magnitude = recipe["randaugment"]
-    scale = tuple(recipe["crop_scale"])
-    transform = TrainTransform(size, scale=scale, num_ops=num_ops, post_crop=post_crop)
+    low, high = find_train_sizes({**recipe, "img_size": size})
+    transform = TrainTransform(
+        low if low == high else partial(ramp_size, epochs=recipe["epochs"], low=low, high=high),
+        scale=tuple(recipe["crop_scale"]),
+        num_ops=num_ops,
+        post_crop=post_crop,
+        flip=AlternatingFlip(seed) if recipe.get("flip") == "alternating" else None,
+    )
     return transform, Augment(
         num_classes, seed=seed, magnitude=magnitude, mixup=recipe["mixup"], cutmix=recipe["cutmix"]
     )

@@ -7,7 +7,7 @@ from torch import nn
 
 from common.errors import UserError
 from models.resnet import resnet18, seresnet18, set_stochastic_depth
-from models.timm_models import PREFIX, build_timm, check_timm_name, is_timm
+from models.timm_models import PREFIX, build_timm, check_timm_name, find_config, is_timm
 from models.twistnet import (
     twistnet18,
     twistnet18_first_order,
@@ -68,3 +68,8 @@ def build_model(
     model = MODELS[name](num_classes)
     set_stochastic_depth(model, stochastic_depth)
     return model
+
+
+def has_fixed_size(name: str) -> bool:
+    """Whether a network takes images of one size only, that for which it was built."""
+    return is_timm(name) and bool(find_config(name).fixed_input_size)

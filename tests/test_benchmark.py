@@ -144,13 +144,56 @@ def test_joint_names_the_bottleneck_and_the_days_of_a_pretraining(
     monkeypatch, capsys, ms, cores, rate, gpus, bottleneck, reached
 ):
     row = {"row": "x", "cpu_ms": ms, "wall_ms": ms, "cpu_ratio": 1, "wall_ratio": 1}
-    monkeypatch.setattr(benchmark, "measure_loader", lambda args: {"loader": [row]})
+    monkeypatch.setattr(benchmark, "measure_loader", lambda args, size: {"loader": [row]})
     result = found(
         capsys, "joint", "--cores", str(cores), "--gpus", str(gpus), "--step_rate", str(rate)
     )
     (only,) = result["joint"]
-    assert (only["bottleneck"], only["reached"]) == (bottleneck, reached)
+    (part,) = only["parts"]
+    assert (part["bottleneck"], part["reached"]) == (bottleneck, reached)
+    assert (part["size"], part["epochs"]) == (224, 600)
     assert only["days"] == pytest.approx(600 * 1_281_167 / reached / 86400)
+
+
+def test_joint_adds_up_the_epochs_of_each_size(monkeypatch, capsys):
+    def measure_loader(args, size):
+        row = {"row": "x", "cpu_ms": size / 100, "wall_ms": 1, "cpu_ratio": 1, "wall_ratio": 1}
+        return {"loader": [row]}
+
+    monkeypatch.setattr(benchmark, "measure_loader", measure_loader)
+    monkeypatch.setitem(benchmark.PRETRAIN["fast"], "train_sizes", [112, 224])
+    flags = ["--recipe", "fast", "--epochs", "3", "--cores", "1", "--gpus", "1"]
+    result = found(capsys, "joint", *flags, "--step_rate", "500")
+    (only,) = result["joint"]
+    # 2 epochs at 112 px: 1000/1.12 = 893 images/s loaded, 2000 trained; 1 at 224: 446 and 500.
+    assert [(part["size"], part["epochs"]) for part in only["parts"]] == [(112, 2), (224, 1)]
+    seconds = 1_281_167 * (2 * 1.12e-3 + 2.24e-3)
+    assert only["days"] == pytest.approx(seconds / 86400)
+    assert {part["bottleneck"] for part in only["parts"]} == {"loader"}
+
+
+def test_pretrain_with_a_recipe_measures_it_beside_the_guides(tree, monkeypatch, capsys):
+    started = []
+
+    def run_python(words):
+        words = list(map(str, words))
+        started.append(words)
+        out = Path(words[words.index("--out" if "--out" in words else "--checkpoint_dir") + 1])
+        out.mkdir(parents=True)
+        (out / "results.json").write_text(json.dumps({"last_val_acc": 1}))
+        (out / "log.jsonl").write_text(json.dumps({"val_top1": 2}))
+
+    monkeypatch.setattr(end_to_end, "run_python", run_python)
+    clock = iter(range(1, 9))
+    monkeypatch.setattr(end_to_end, "children_cpu_seconds", lambda: next(clock))
+    result = found(capsys, "pretrain", "--data_dir", str(tree), "--recipe", "fast", *SMALL)
+    assert [row["row"] for row in result["pretrain"]] == [
+        "plain_train.py",
+        "ours",
+        "ours, recipe fast",
+    ]
+    recipes = [words[words.index("--recipe") + 1] for words in started[1:]]
+    assert recipes == ["guide", "fast"]
 
 
 def test_pretrain_runs_both_sides_and_reports_their_accuracies(tree, capsys):

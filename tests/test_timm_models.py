@@ -24,7 +24,7 @@ from models.weights import load_pretrained, load_trained, weights_identity
 from sweeps.tables import write_tables
 from tools import evaluate, export, predict
 from tools.visualize import __main__ as visualize_main
-from training.optim import decay_groups
+from training.optim import parameter_groups
 from training.preemption import StopRequest
 
 timm = pytest.importorskip("timm")
@@ -144,7 +144,7 @@ def test_networks_get_images_with_the_statistics_of_their_weights(name, statisti
 
 def test_weight_decay_spares_what_timm_names():
     model = build_model(VIT, 3, img_size=32)
-    decayed, others = decay_groups(model, 0.1)
+    decayed, others = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0)
     spared = {id(p) for p in others["params"]}
     assert id(model.pos_embed) in spared and id(model.head.bias) in spared

@@ -67,7 +67,9 @@ class TrainState:
         self.history.append(row)
         self.seconds, self.data_wait = 0.0, 0.0
         self.loss_sums, self.grad_norms, self.unreadable = [], [], []
-        is_best = self.best is None or row["val_top1"] > self.best["val_top1"]
+        is_best = "val_top1" in row and (
+            self.best is None or row["val_top1"] > self.best["val_top1"]
+        )
         if is_best:
             self.best_epoch = self.epoch
         return is_best

@@ -158,7 +158,7 @@ class Trainer:
 
         # Update.
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)  # older checkpoints lack it
         self.scaler.unscale_(self.optimizer)
         self.grad_norms.append(self._clip_gradients())
         self.scaler.step(self.optimizer)

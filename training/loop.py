@@ -35,7 +35,8 @@ class TrainLoop:
     """Trains from any state to the last epoch; `fit` runs on all ranks alike.
 
     lr_schedule: global step -> learning rate.  loggers: called with the history after each epoch.
-    extra_columns: more columns for the log, read at the end of each epoch.
+    extra_columns: more columns for the log, read at the end of each epoch.  validate_every: epochs
+    from one validation to the next; the last epoch always has one.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class TrainLoop:
         loggers: Iterable[Callable[[list[dict]], None]] = (),
         extra_columns: Callable[[], dict] = dict,
         save_seconds: float = 900.0,
+        validate_every: int = 1,
     ):
         self.trainer, self.loader, self.evaluator = trainer, loader, evaluator
         self.lr_schedule, self.epochs, self.run_dir, self.stop = lr_schedule, epochs, run_dir, stop
         self.resume_command, self.loggers = resume_command, loggers
         self.extra_columns, self.save_seconds = extra_columns, save_seconds
+        self.validate_every = validate_every
         self.context = trainer.context
         self.steps_per_epoch = loader.steps_per_epoch
         self.checkpointer = Checkpointer(run_dir.path)
@@ -70,8 +73,7 @@ class TrainLoop:
         steps = self.loader.steps(state.step, self.epochs * self.steps_per_epoch)
         while state.epoch < self.epochs:
             self.train_epoch(state, steps)
-            metrics = self.evaluator.run(self.trainer.model)  # exact counts over all ranks
-            self.end_epoch(state, metrics)
+            self.end_epoch(state, self.validate(state))
         self.finish(state)
 
     def start(self, state: TrainState) -> None:
@@ -122,9 +124,16 @@ class TrainLoop:
             self.read_progress(state, bar)
         self.check_in(state, save_after=SAVE_BEFORE_VALIDATION)
 
-    def end_epoch(self, state: TrainState, metrics: EvalMetrics) -> None:
+    def validate(self, state: TrainState) -> EvalMetrics | None:
+        """Exact counts over all ranks; None in an epoch without a validation."""
+        epoch = state.epoch + 1
+        if epoch % self.validate_every and epoch < self.epochs:
+            return None
+        return self.evaluator.run(self.trainer.model)
+
+    def end_epoch(self, state: TrainState, metrics: EvalMetrics | None) -> None:
         """Turn the epoch's sums into a row of the log, save, and report what is unusual."""
-        if metrics.unreadable:
+        if metrics and metrics.unreadable:
             self.save(state)
             self.ensure_saved(state)
             raise UserError(
@@ -139,10 +148,10 @@ class TrainLoop:
             "epoch": state.epoch + 1,
             "lr": self.lr_schedule(state.step - 1),
             "train_loss": loss_sum / num_images,
-            **metrics.as_row("val"),
+            **(metrics.as_row("val") if metrics else {}),
             "images_per_s": round(num_images / state.seconds, 1),
             "data_wait": round(state.data_wait / state.seconds, 4),
-            "seconds": round(state.seconds + metrics.seconds, 2),
+            "seconds": round(state.seconds + (metrics.seconds if metrics else 0), 2),
             **summarise_gradients(state.grad_norms),
             **self.extra_columns(),
         }
@@ -322,9 +331,14 @@ def describe_row(row: dict) -> str:
     gradient = ""
     if "grad_norm" in row:
         gradient = f"grad norm {row['grad_norm']:.3g} (max {row['grad_norm_max']:.3g}), "
+    validation = ""
+    if "val_top1" in row:
+        validation = (
+            f"val_acc {row['val_top1']:.1f}, top-5 {row['val_top5']:.1f}, "
+            f"val_loss {row['val_loss']:.3f}, "
+        )
     return (
-        f"Epoch {row['epoch']}: val_acc {row['val_top1']:.1f}, top-5 {row['val_top5']:.1f}, "
-        f"val_loss {row['val_loss']:.3f}, train_loss {row['train_loss']:.3f}, {gradient}"
+        f"Epoch {row['epoch']}: {validation}train_loss {row['train_loss']:.3f}, {gradient}"
         f"lr {row['lr']:.4g}, {row['images_per_s']:.0f} images/s, "
         f"{100 * row['data_wait']:.0f} % of it waiting for data, {row['seconds']:.0f} s"
     )

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -10,21 +10,30 @@ from torch import nn
 from common.optional import import_optional
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_factors: Mapping[str, float] | None = None
+) -> list[dict]:
     """Split the parameters: weights of convolutions and linear layers decay, all others do not.
 
     They are told apart by rank: normalisation scales, biases, gates and STCI's channel scales have
     one dimension or none. A network of timm also names what else must not decay, such as position
-    embeddings.
+    embeddings. Parameters named in `lr_factors` have groups of their own, with the factor of their
+    learning rate as "lr_factor" (see Trainer.step).
     """
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.ndim >= 2 and name not in exempt]
-    others = [p for name, p in named if p.ndim < 2 or name in exempt]
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    lr_factors = lr_factors or {}
+    groups = []
+    for factor in [1.0, *sorted(set(lr_factors.values()) - {1.0})]:
+        named = [
+            (name, p) for name, p in model.named_parameters() if lr_factors.get(name, 1.0) == factor
+        ]
+        decayed = [p for name, p in named if p.ndim >= 2 and name not in exempt]
+        others = [p for name, p in named if p.ndim < 2 or name in exempt]
+        groups += [
+            {"params": decayed, "weight_decay": weight_decay, "lr_factor": factor},
+            {"params": others, "weight_decay": 0.0, "lr_factor": factor},
+        ]
+    return groups
 
 
 def make_sgd(
@@ -34,10 +43,10 @@ def make_sgd(
     weight_decay: float,
     momentum: float = 0.9,
     nesterov: bool = True,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> torch.optim.SGD:
-    optimizer = torch.optim.SGD(
-        decay_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=nesterov, fused=True
-    )
+    groups = parameter_groups(model, weight_decay, lr_factors)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
     # Momentum starts from explicit zeros. Fused SGD would allocate it in the first step, and leave
     # it uninitialised when that step overflows in fp16 and is skipped.
     for group in optimizer.param_groups:
@@ -46,13 +55,19 @@ def make_sgd(
     return optimizer
 
 
-def make_lamb(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_lamb(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    lr_factors: Mapping[str, float] | None = None,
+) -> torch.optim.Optimizer:
     """timm's LAMB (You et al. 2020, arXiv:1904.00962), which clips the norm of all gradients to 1.
 
     Raises UserError where timm is not installed.
     """
     timm_optim = import_optional("timm.optim", purpose="--recipe a1 (LAMB)")
-    return timm_optim.Lamb(decay_groups(model, weight_decay), lr=lr)
+    return timm_optim.Lamb(parameter_groups(model, weight_decay, lr_factors), lr=lr)
 
 
 OPTIMIZERS = {"sgd": make_sgd, "lamb": make_lamb}
@@ -60,11 +75,17 @@ OPTIMIZERS = {"sgd": make_sgd, "lamb": make_lamb}
 OPTIMIZER_OPTIONS = {"sgd": ("weight_decay", "momentum", "nesterov"), "lamb": ("weight_decay",)}
 
 
-def make_optimizer(recipe: dict, model: nn.Module, *, lr: float) -> torch.optim.Optimizer:
-    """The optimizer that a recipe describes."""
+def make_optimizer(
+    recipe: dict,
+    model: nn.Module,
+    *,
+    lr: float,
+    lr_factors: Mapping[str, float] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer that a recipe describes; for lr_factors see parameter_groups."""
     name = recipe.get("optimizer", "sgd")
     options = {option: recipe[option] for option in OPTIMIZER_OPTIONS[name]}
-    return OPTIMIZERS[name](model, lr=lr, **options)
+    return OPTIMIZERS[name](model, lr=lr, lr_factors=lr_factors, **options)
 
 
 def lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> float:
@@ -98,7 +119,18 @@ def timm_lr_at(
     return min_lr + (base - min_lr) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
-SCHEDULES = {"cosine": lr_at, "timm_cosine": timm_lr_at}
+def linear_lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> float:
+    """Linear warm-up to `base` over `warmup_steps`, then a line that reaches 0 at `total_steps`.
+
+    >>> [round(linear_lr_at(s, base=1.0, total_steps=6, warmup_steps=2), 3) for s in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    return base * (total_steps - step) / max(1, total_steps - warmup_steps)
+
+
+SCHEDULES = {"cosine": lr_at, "linear": linear_lr_at, "timm_cosine": timm_lr_at}
 
 
 def make_schedule(

@@ -1,6 +1,7 @@
 """The training recipes, each one table of values, which a checkpoint stores with its run.
 
-A flag of the same name overrides a value; the others can be changed only here.
+A flag of the same name overrides a value; the others can be changed only here. Sizes in pixels are
+for --img_size 224 and others in proportion.
 """
 
 # Values that are flags of pretrain_imagenet.py.
@@ -62,6 +63,35 @@ PRETRAIN = {
         "crop_scale": [0.08, 1.0],
         "stochastic_depth": 0.05,
         "test_resize": 236,
+    },
+    # Short runs: small images first, no RandAugment and no mixing, as in the ResNet-18 of FFCV
+    # (Leclerc et al. 2023, arXiv:2306.12517). Values that differ from theirs: docs/recipes.md.
+    "fast": {
+        "epochs": 88,
+        "batch_size": 256,
+        "global_batch": None,
+        "optimizer": "sgd",
+        "lr": 0.5,
+        "lr_images": 256,
+        "weight_decay": 5e-5,
+        "momentum": 0.9,
+        "nesterov": True,
+        "schedule": "linear",
+        "warmup_epochs": 2,
+        "loss": "cross_entropy",
+        "label_smoothing": 0.1,
+        "clip_norm": 0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "randaugment": [0, 0],
+        "repeats": 1,
+        "crop_scale": [0.25, 1.0],
+        "flip": "alternating",
+        "stochastic_depth": 0.0,
+        "train_sizes": [168, 224],  # low, and at the end of a ramp over the last third of the run
+        "test_size": 256,  # of the centre crop
+        "test_resize": 256,
+        "validation_share": 0.1,  # of the training images; rarer validations where val/ is large
     },
 }
 

@@ -3,6 +3,7 @@
   python -m tools.benchmark loader --data_dir /path/to/imagenet   CPU time per image of the workers
   python -m tools.benchmark step                                  one training step, and its memory
   python -m tools.benchmark joint --cores 32 --gpus 4 --step_rate 3000   which of the two limits
+  python -m tools.benchmark joint --recipe fast --cores 32 --gpus 4      days of another recipe
   python -m tools.benchmark pretrain --data_dir /path/to/imagenet --epochs 3   whole pretrainings
   python -m tools.benchmark sweep --data_dir data/dtd             two networks on two folds
   python -m tools.benchmark start                                 the fixed cost of a run
@@ -13,6 +14,10 @@ them alike; medians are printed. CPU time is that of this process, or in pretrai
 of the processes started; set OMP_NUM_THREADS=1 for figures per core. loader, step and joint draw
 their own images if no --data_dir is given.
 
+--recipe is that of loader and joint; pretrain measures it beside the guide's. joint measures each
+image size of a recipe whose images grow, and adds up the epochs; --step_rate is then for
+--img_size, and other sizes have it in inverse proportion to their pixels.
+
 step compares the plain recipe's ResNet-18 with ours, and ours with TwistNet-18 in each of its
 implementations: plain, fused, and compiled by torch.compile. --step_rate is images/s of one GPU
 that never waits for data, as step prints it.
@@ -20,6 +25,7 @@ that never waits for data, as step prints it.
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,12 +33,14 @@ import torch
 from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.processes import usable_cpus
+from data.transforms import find_train_sizes, ramp_size
 from tools.benchmark.end_to_end import measure_pretrain, measure_start, measure_sweep
 from tools.benchmark.loader import measure_loader
 from tools.benchmark.step import make_turn, measure_step, steps_per_turn
 from tools.benchmark.timing import interleaved, print_table
+from training.recipes import PRETRAIN
 
-EPOCHS = {"joint": 600, "pretrain": 3, "sweep": 10}
+EPOCHS = {"pretrain": 3, "sweep": 10}
 IMAGENET_TRAIN = 1_281_167
 WHOLE_RUNS = ("pretrain", "sweep")
 
@@ -49,6 +57,13 @@ def parse_args(argv: list[str] | None = None):
     )
     parser.add_argument(
         "--img_size", type=at_least(32), default=224, metavar="PX", help="size of the crop"
+    )
+    parser.add_argument(
+        "--recipe",
+        default="guide",
+        choices=PRETRAIN,
+        metavar="NAME",
+        help=f"for loader, joint and pretrain, one of {', '.join(PRETRAIN)} (default: guide)",
     )
     parser.add_argument(
         "--batch_size",
@@ -68,7 +83,7 @@ def parse_args(argv: list[str] | None = None):
         type=at_least(1),
         metavar="N",
         help="epochs of pretrain (default: 3) and sweep (10); for joint, of ImageNet's "
-        "1,281,167 images (600)",
+        "1,281,167 images (as in the recipe)",
     )
     loader = parser.add_argument_group("loader and joint")
     loader.add_argument(
@@ -101,7 +116,7 @@ def parse_args(argv: list[str] | None = None):
     on_gpu = torch.cuda.is_available() and args.what in ("step", "joint")
     args.batch_size = args.batch_size or (256 if on_gpu else 32)
     args.rounds = args.rounds or (1 if args.what in WHOLE_RUNS else 5)
-    args.epochs = args.epochs or EPOCHS.get(args.what, 1)
+    args.epochs = args.epochs or EPOCHS.get(args.what) or PRETRAIN[args.recipe]["epochs"]
     if args.what in WHOLE_RUNS and not args.data_dir:
         raise UserError(f"{args.what} needs real images: give their folder with --data_dir")
     return args
@@ -109,30 +124,53 @@ def parse_args(argv: list[str] | None = None):
 
 def measure_joint(args) -> dict:
     """What limits a machine, its loader or its training step, and how long ImageNet takes."""
-    found = measure_loader(args)
-    rate = args.step_rate
-    if rate is None:
-        turn = make_turn("twistnet18", "auto", batch_size=args.batch_size, img_size=args.img_size)
-        images = args.batch_size * steps_per_turn()
-        (row,) = interleaved({"": turn}, rounds=args.rounds, images=images)
-        rate = 1e3 / row["wall_ms"]
+    # The loader and the step, at each image size of the run.
+    epochs_of = count_epochs_by_size(args.recipe, args.img_size, args.epochs)
+    found, rates = {}, {}
+    for size in sorted(epochs_of):
+        found[size] = measure_loader(args, size)
+        rates[size] = measure_rate(args, size)
 
+    # Every epoch takes as long as the slower of the two.
     machine = []
-    for row in found["loader"]:
-        loads, trains = args.cores * 1e3 / row["cpu_ms"], args.gpus * rate
-        reached = min(loads, trains)
-        machine.append(
-            {
-                "row": row["row"],
-                "loads": loads,
-                "trains": trains,
-                "reached": reached,
-                "bottleneck": "loader" if loads < trains else "step",
-                "days": args.epochs * IMAGENET_TRAIN / reached / 86400,
-            }
-        )
-    settings = {"cores": args.cores, "gpus": args.gpus, "step_rate": rate, "epochs": args.epochs}
-    return {**found, "joint": machine, **settings}
+    for rows in zip(*(found[size]["loader"] for size in epochs_of), strict=True):
+        seconds, parts = 0.0, []
+        for (size, epochs), row in zip(epochs_of.items(), rows, strict=True):
+            loads, trains = args.cores * 1e3 / row["cpu_ms"], args.gpus * rates[size]
+            reached = min(loads, trains)
+            seconds += epochs * IMAGENET_TRAIN / reached
+            parts.append(
+                {
+                    "size": size,
+                    "epochs": epochs,
+                    "loads": loads,
+                    "trains": trains,
+                    "reached": reached,
+                    "bottleneck": "loader" if loads < trains else "step",
+                }
+            )
+        machine.append({"row": rows[0]["row"], "parts": parts, "days": seconds / 86400})
+    settings = {"cores": args.cores, "gpus": args.gpus, "epochs": args.epochs}
+    return {**found[max(found)], "joint": machine, "step_rates": rates, **settings}
+
+
+def count_epochs_by_size(recipe: str, img_size: int, epochs: int) -> dict[int, int]:
+    """Side of the training crop in pixels → how many epochs of the run have it."""
+    config = {**PRETRAIN[recipe], "img_size": img_size}
+    low, high = find_train_sizes(config)
+    if low == high:
+        return {low: epochs}
+    return Counter(ramp_size(e, epochs=epochs, low=low, high=high) for e in range(epochs))
+
+
+def measure_rate(args, size: int) -> float:
+    """Images/s that one GPU trains, of `size` × `size` pixels."""
+    if args.step_rate is not None:
+        return args.step_rate * (args.img_size / size) ** 2
+    turn = make_turn("twistnet18", "auto", batch_size=args.batch_size, img_size=size)
+    images = args.batch_size * steps_per_turn()
+    (row,) = interleaved({"": turn}, rounds=args.rounds, images=images)
+    return 1e3 / row["wall_ms"]
 
 
 SUBCOMMANDS = {
@@ -147,7 +185,10 @@ SUBCOMMANDS = {
 
 def print_loader(found: dict) -> None:
     sizes = ", ".join(f"{what} {size:.0f} KB" for what, size in found["kb"].items())
-    print_table(f"loader, per image, {found['images']} images ({sizes} each)", found["loader"])
+    print_table(
+        f"loader, per image at {found['size']} px, {found['images']} images ({sizes} each)",
+        found["loader"],
+    )
     print_table("the device's part of augmentation, in batches, per image", found["device"])
 
 
@@ -178,16 +219,20 @@ def print_whole_runs(what: str, found: dict) -> None:
 
 
 def print_joint(found: dict) -> None:
+    rates = " / ".join(f"{rate:.0f}" for rate in found["step_rates"].values())
+    sizes = " / ".join(f"{size}" for size in found["step_rates"])
     print(
-        f"\n{found['cores']} cores, {found['gpus']} GPUs at {found['step_rate']:.0f} images/s"
-        f", {found['epochs']} epochs of ImageNet"
+        f"\n{found['cores']} cores, {found['gpus']} GPUs at {rates} images/s ({sizes} px), "
+        f"{found['epochs']} epochs of ImageNet"
     )
     for row in found["joint"]:
-        print(
-            f"{row['row']:32} loads {row['loads']:8.0f}, trains {row['trains']:8.0f} images/s: "
-            f"limited by the {row['bottleneck']}, {row['reached']:.0f} images/s, "
-            f"{row['days']:.1f} days"
-        )
+        for part in row["parts"]:
+            print(
+                f"{row['row']:32} {part['size']} px, {part['epochs']} epochs: loads "
+                f"{part['loads']:8.0f}, trains {part['trains']:8.0f} images/s: limited by the "
+                f"{part['bottleneck']}, {part['reached']:.0f} images/s"
+            )
+        print(f"{row['row']:32} {row['days']:.1f} days without validation")
 
 
 def show(found: dict) -> None:

@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from common.errors import UserError
@@ -24,7 +25,7 @@ FINETUNE_LR = 0.01  # train.py's default
 
 
 def measure_pretrain(args) -> dict:
-    """A pretraining of TwistNet-18, with its validation accuracy."""
+    """A pretraining of TwistNet-18, with its validation accuracy; also with args.recipe."""
     train, val, _ = load_imagenet(args.data_dir)
     if not isinstance(train, ImageFiles):
         raise UserError(f"--data_dir {args.data_dir} is packed: the plain recipe needs the tree")
@@ -39,13 +40,15 @@ def measure_pretrain(args) -> dict:
         run_python(["-m", "tools.benchmark.plain_train", *shared, *flags])
         return [read_json(out / "results.json")["last_val_acc"]]
 
-    def run_ours(out: Path, seed: int) -> list[float]:
-        flags = ["--seed", seed, "--checkpoint_dir", out, "--weights_dir", out]
+    def run_ours(out: Path, seed: int, name: str = "guide") -> list[float]:
+        flags = ["--recipe", name, "--seed", seed, "--checkpoint_dir", out, "--weights_dir", out]
         run_python(["pretrain_imagenet.py", *shared, *flags])
         last_epoch = (out / "log.jsonl").read_text().splitlines()[-1]
         return [json.loads(last_epoch)["val_top1"]]
 
     sides = {PLAIN: run_plain, OURS: run_ours}
+    if args.recipe != "guide":
+        sides[f"{OURS}, recipe {args.recipe}"] = partial(run_ours, name=args.recipe)
     return measure(args, "pretrain", sides, images=args.epochs * len(train))
 
 

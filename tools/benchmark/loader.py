@@ -13,7 +13,7 @@ from data.imagenet import list_tree, load_imagenet
 from data.images import ImageFiles, Sample, TrainSet, collate
 from data.packed import MANIFEST, PackedImages, finish_pack, open_pack, read_manifest
 from data.synthetic import write_imagenet_tree
-from data.transforms import make_augmentation
+from data.transforms import find_train_sizes, make_augmentation
 from tools.benchmark.plain_train import NUMBERS, MixingCollate, make_train_transform
 from tools.benchmark.processes import run_python
 from tools.benchmark.timing import interleaved
@@ -23,8 +23,13 @@ from training.recipes import PRETRAIN
 DRAWN_SIZE = 420  # px, about ImageNet's mean
 
 
-def measure_loader(args) -> dict:
-    """CPU time per image of a worker: read, decode, augment, collate; and of the device's part."""
+def measure_loader(args, size: int | None = None) -> dict:
+    """CPU time per image of a worker: read, decode, augment, collate; and of the device's part.
+
+    `size` is the side of the crop, else the smallest of the recipe at args.img_size.
+    """
+    recipe = PRETRAIN[args.recipe]
+    size = size or min(find_train_sizes({**recipe, "img_size": args.img_size}))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         # the same images as files, packed, and decoded
         folder = Path(name)
@@ -40,11 +45,9 @@ def measure_loader(args) -> dict:
 
         # one row per way to read them
         transform, augment = make_augmentation(
-            PRETRAIN["guide"], size=args.img_size, seed=0, num_classes=max(1000, len(classes))
+            {**recipe, "train_sizes": None}, size=size, seed=0, num_classes=max(1000, len(classes))
         )
-        plain = ImageFolder(
-            tree / "train", make_train_transform(args.img_size, NUMBERS["min_scale"])
-        )
+        plain = ImageFolder(tree / "train", make_train_transform(size, NUMBERS["min_scale"]))
         mix = MixingCollate(len(classes), NUMBERS["mixup"])
         decoder = "torchcodec" if fast_jpeg() else "Pillow"
         rows = {
@@ -63,6 +66,7 @@ def measure_loader(args) -> dict:
         "loader": table,
         "device": device,
         "images": len(files),
+        "size": size,
         "kb": {what: size / len(files) / 1e3 for what, size in kilobytes.items()},
     }
 

@@ -1,0 +1,238 @@
+"""The recipe fast: growing images, alternating flips, plain targets, rarer validations."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import pretrain_imagenet
+from common.errors import Preempted, UserError
+from data.imagenet import load_imagenet
+from data.images import TrainSet
+from data.loading import TrainLoader
+from data.sampling import StepSampler
+from data.synthetic import write_imagenet_tree
+from data.transforms import (
+    AlternatingFlip,
+    find_test_size,
+    find_train_sizes,
+    make_augmentation,
+    make_eval_transform,
+    normalise,
+    ramp_size,
+)
+from tools import evaluate, pack
+from training.recipes import PRETRAIN
+
+FAST = PRETRAIN["fast"]
+TINY = pytest.mark.usefixtures("tiny_network")
+TIMINGS = ("images_per_s", "data_wait", "seconds")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """3 classes, 18 images to train on and 9 to validate on: with a batch of 4, 4 steps."""
+    root = tmp_path_factory.mktemp("tree")
+    write_imagenet_tree(root, train_per_class=6, val_per_class=3, size=72, seed=0, num_classes=3)
+    return root
+
+
+def pretrain(tree, *flags, epochs=6):
+    pretrain_imagenet.main(
+        [
+            *("--data_dir", str(tree), "--recipe", "fast", "--model", "resnet18"),
+            *("--img_size", "64", "--batch_size", "4", "--workers", "0"),
+            *("--epochs", str(epochs), *flags),
+        ]
+    )
+
+
+def rows(folder="checkpoints"):
+    lines = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+    return [{name: row[name] for name in row if name not in TIMINGS} for row in lines]
+
+
+def make_loader(source, *, epochs=6, seed=3, workers=0, rank=0, world_size=1):
+    recipe = {**FAST, "epochs": epochs}
+    transform, _ = make_augmentation(recipe, size=64, seed=seed, num_classes=3)
+    sampler = StepSampler(
+        len(source), seed=seed, micro_batch=4, micro_batches=2, rank=rank, world_size=world_size
+    )
+    return TrainLoader(TrainSet(source, transform, seed), sampler, workers=workers)
+
+
+def load(loader, first=0, epochs=6):
+    """All micro-batches from step `first` on."""
+    return [batch for step in loader.steps(first, 2 * epochs) for batch in step]
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_the_size_is_low_for_two_thirds_and_high_at_the_end():
+    sizes = [ramp_size(epoch, epochs=88, low=160, high=192) for epoch in range(88)]
+    assert set(sizes[:58]) == {160} and sizes[-1] == 192
+    assert sizes == sorted(sizes) and set(sizes) == {160, 176, 192}
+
+
+@pytest.mark.parametrize("epochs", range(1, 40))
+def test_every_run_ends_at_the_high_size_and_only_grows_by_multiples_of_16(epochs):
+    sizes = [ramp_size(epoch, epochs=epochs, low=96, high=144) for epoch in range(epochs)]
+    assert sizes[-1] == 144 and sizes == sorted(sizes)
+    assert all(size % 16 == 0 for size in sizes)
+    assert sizes[: 2 * epochs // 3] == [96] * (2 * epochs // 3)
+
+
+def test_sizes_are_in_proportion_to_img_size():
+    config = {"train_sizes": [160, 192], "test_size": 256}
+    assert find_train_sizes({**config, "img_size": 224}) == (160, 192)
+    assert find_train_sizes({**config, "img_size": 448}) == (320, 384)
+    assert find_test_size({**config, "img_size": 112}) == 128
+    assert find_train_sizes({**config, "img_size": 32}) == (32, 32)  # never smaller
+    assert find_train_sizes({"img_size": 100}) == (100, 100) and find_test_size({}) == 224
+
+
+def test_the_evaluation_of_a_run_crops_its_test_size_and_a_given_size_as_it_is():
+    config = {"img_size": 224, "test_size": 256, "test_resize": 256}
+    assert (make_eval_transform(config).size, make_eval_transform(config).resize) == (256, 293)
+    assert (make_eval_transform(config, 112).size, make_eval_transform(config, 112).resize) == (
+        112,
+        128,
+    )
+
+
+# ---------------------------------------------------------------- flips and targets
+
+
+def test_an_image_is_flipped_in_every_second_epoch_and_half_of_them_in_the_first():
+    flip = AlternatingFlip(seed=7)
+    first = [flip(0, index) for index in range(2000)]
+    assert abs(sum(first) / 2000 - 0.5) < 0.05
+    for epoch in range(1, 5):
+        flips = [flip(epoch, index) for index in range(2000)]
+        assert flips == [is_flipped ^ (epoch % 2 == 1) for is_flipped in first]
+    assert first != [AlternatingFlip(seed=8)(0, index) for index in range(2000)]
+
+
+def test_the_loader_flips_alternately(tree):
+    source, _, _ = load_imagenet(tree)
+    transform, _ = make_augmentation(
+        {**FAST, "crop_scale": [1.0, 1.0]}, size=64, seed=0, num_classes=3
+    )
+    dataset = TrainSet(source, transform, 0)
+    for index in range(len(source)):
+        images = [dataset[epoch, index].image.float() for epoch in range(4)]
+        turned = [image.flip(2) if epoch % 2 else image for epoch, image in enumerate(images)]
+        # The crops differ by a few pixels in their aspect ratio.
+        assert all((image - turned[0]).abs().mean() < 20 for image in turned)
+        assert (images[1] - images[0]).abs().mean() > (turned[1] - turned[0]).abs().mean()
+
+
+def test_without_mixing_images_are_normalised_and_targets_are_the_classes():
+    _, augment = make_augmentation(FAST, size=64, seed=0, num_classes=3)
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.tensor([2, 0, 1, 2])
+    draws = torch.empty(4, 0, 2, dtype=torch.int64)
+    found, targets = augment(images, labels, draws, step=0, micro=0)
+    assert torch.equal(found, normalise(images))
+    assert torch.equal(targets, torch.eye(3)[labels])
+
+
+@pytest.mark.parametrize("alphas", [{"mixup": 0.5, "cutmix": 0}, {"mixup": 0, "cutmix": 0.5}])
+def test_either_way_of_mixing_can_be_left_out(alphas):
+    _, augment = make_augmentation({**FAST, **alphas}, size=64, seed=0, num_classes=2)
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 3, 16, 16)
+    draws = torch.empty(2, 0, 2, dtype=torch.int64)
+    for step in range(20):
+        found, _ = augment(images, torch.tensor([0, 1]), draws, step=step, micro=0)
+        is_blend = found[0, 0].unique().numel() == 1 and found[0, 0, 0, 0] != found[1, 0, 0, 0]
+        assert is_blend == (alphas["mixup"] > 0) or found[0].equal(normalise(images)[0])
+
+
+# ---------------------------------------------------------------- the same images whatever happens
+
+
+def test_batches_have_the_size_of_their_epoch(tree):
+    source, _, _ = load_imagenet(tree)
+    sizes = [batch.image.shape[2:] for batch in load(make_loader(source))]
+    low, high = find_train_sizes({**FAST, "img_size": 64})
+    assert sizes[0] == (low, low) and sizes[-1] == (high, high)
+    per_epoch = [sizes[4 * epoch : 4 * epoch + 4] for epoch in range(6)]
+    assert all(len(set(found)) == 1 for found in per_epoch)
+
+
+def test_images_do_not_depend_on_workers_processes_or_where_a_run_resumes(tree):
+    source, _, _ = load_imagenet(tree)
+    expected = [batch.image for batch in load(make_loader(source))]
+    for workers in (1, 2):
+        found = [batch.image for batch in load(make_loader(source, workers=workers))]
+        assert all(map(torch.equal, found, expected))
+    ranks = [load(make_loader(source, rank=rank, world_size=2)) for rank in (0, 1)]
+    dealt = [batch.image for pair in zip(*ranks, strict=True) for batch in pair]
+    assert len(dealt) == len(expected) and all(map(torch.equal, dealt, expected))
+    resumed = [batch.image for batch in load(make_loader(source), first=7)]
+    assert len(resumed) == len(expected) - 14 and all(map(torch.equal, resumed, expected[14:]))
+
+
+def test_packed_images_of_the_same_pixels_are_the_same_samples(tree, tmp_path):
+    source, _, _ = load_imagenet(tree)
+    packed = ["--data_dir", str(tree), "--out", str(tmp_path / "packed"), "--workers", "0"]
+    pack.main(packed)
+    other, _, _ = load_imagenet(tmp_path / "packed")
+    pairs = zip(load(make_loader(source)), load(make_loader(other)), strict=True)
+    assert all(torch.equal(one.image, two.image) for one, two in pairs)
+
+
+@TINY
+@pytest.mark.parametrize("step", [2, 9, 17, 23])
+def test_an_interrupted_run_ends_with_the_same_bits(tree, stop_after, step):
+    pretrain(tree, "--checkpoint_dir", "whole", "--weights_dir", "whole/weights")
+    stop_after(step=step)
+    with pytest.raises(Preempted):
+        pretrain(tree)
+    pretrain(tree)
+    whole, resumed = (
+        torch.load(f"{folder}/resnet18_imagenet.pt", weights_only=True)
+        for folder in ("whole", "checkpoints")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert rows("whole") == rows()
+
+
+# ---------------------------------------------------------------- runs
+
+
+@TINY
+def test_a_large_validation_set_is_used_less_often_and_always_at_the_end(tree, capsys):
+    pretrain(tree, "--checkpoint_dir", "run", epochs=7)  # 9 of 18 × 0.1 images: every fifth epoch
+    validated = [row["epoch"] for row in rows("run") if "val_top1" in row]
+    assert validated == [5, 7]
+    printed = capsys.readouterr().out
+    assert "\nEpoch 4: train_loss" in printed and "\nEpoch 5: val_acc" in printed
+    assert "validation every 5 epochs" in printed
+
+
+@TINY
+def test_the_start_says_which_sizes_are_used(tree, capsys):
+    pretrain(tree, epochs=1)
+    assert "training at 48-64 px, validation at 80 px" in capsys.readouterr().out
+
+
+def test_evaluate_repeats_the_accuracy_of_the_run(tree, capsys):
+    pretrain(tree, epochs=2)
+    about = json.loads(Path("weights/resnet18_imagenet.json").read_text())
+    assert about["top1"] == rows()[-1]["val_top1"]
+    evaluate.main(
+        ["--data_dir", str(tree), "--weights", "weights/resnet18_imagenet.pt", "--workers", "0"]
+    )
+    assert f"{about['top1']:.2f}" in capsys.readouterr().out
+
+
+def test_a_network_of_one_image_size_is_refused_in_one_line(tree):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="takes a single one: use another --recipe"):
+        pretrain_imagenet.main(
+            ["--data_dir", str(tree), "--recipe", "fast"]
+            + ["--model", "timm/swin_tiny_patch4_window7_224"]
+        )
