@@ -28,6 +28,7 @@ from data.splits import Splits, fingerprint
 from data.textures import DATASETS, download_dtd, load_splits
 from data.transforms import Augment, EvalTransform, make_augmentation
 from models import CHOICES, build_model, model_name
+from models.fitting import head_of
 from models.macs import count_macs
 from models.twistnet import read_gates
 from models.weights import load_pretrained, weights_identity
@@ -44,7 +45,7 @@ from training.checkpoint import (
 from training.distributed import DistributedContext, init_distributed
 from training.engine import EvalMetrics, Evaluator, Trainer, choose_precision
 from training.loop import TrainLoop
-from training.optim import count_warmup_steps, make_optimizer, make_schedule
+from training.optim import make_optimizer, make_schedule
 from training.preemption import StopRequest
 from training.recipes import FINETUNE
 from training.run_config import (
@@ -242,16 +243,12 @@ def main(argv: list[str] | None = None) -> None:
             state.weights = load_pretrained(
                 model, args.model, args.pretrained, img_size=args.img_size
             )
-        trainer = make_trainer(model, args, context, config, augment)
+        trainer = make_trainer(model, args, context, config, augment, state.weights)
         if tensors:
             load_tensors(trainer, tensors)
             tensors.clear()  # the host's copy, which nobody needs any more
         total_steps = args.epochs * train_loader.steps_per_epoch
-        warmup_steps = count_warmup_steps(
-            FINETUNE["warmup_epochs"],
-            steps_per_epoch=train_loader.steps_per_epoch,
-            total_steps=total_steps,
-        )
+        warmup_steps = min(FINETUNE["warmup_steps"], total_steps // 10)
 
         # Training.
         write_json(run_dir.path / CONFIG, config)
@@ -374,12 +371,18 @@ def make_trainer(
     context: DistributedContext,
     config: dict,
     augment: Augment,
+    weights: dict,
 ) -> Trainer:
-    """The network on its device, with the optimizer of the recipe."""
+    """The network on its device, with the optimizer of the recipe.
+
+    A new classifier on pretrained `weights` learns faster than they do.
+    """
     model.to(context.device, memory_format=torch.channels_last)
+    factor = FINETUNE["head_lr_factor"] if weights["tensors_loaded"] else 1.0
+    lr_factors = dict.fromkeys(head_of(args.model), factor)
     return Trainer(
         model,
-        make_optimizer(FINETUNE, model, lr=args.lr),
+        make_optimizer(FINETUNE, model, lr=args.lr, lr_factors=lr_factors),
         context,
         config["precision"],
         augment,

@@ -102,6 +102,19 @@ def test_steps_equal_the_plain_loop_bit_for_bit(micros, clip):
     assert trainer.read_grad_norms() == []
 
 
+def test_a_group_trains_at_its_factor_of_the_learning_rate():
+    def update(factor):
+        model = tiny()
+        before = flat(model)
+        trainer = make(model, momentum=0.0)
+        for group in trainer.optimizer.param_groups:
+            group["lr_factor"] = factor
+        trainer.step([sample(1)], step=0, lr=0.1)
+        return before - flat(model)
+
+    torch.testing.assert_close(update(3.0), 3 * update(1.0), rtol=1e-4, atol=1e-6)
+
+
 def test_two_micro_batches_give_the_mean_of_their_gradients():
     def update(batches):
         model = tiny()

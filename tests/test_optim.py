@@ -86,6 +86,20 @@ def test_only_weights_of_convolutions_and_linear_layers_decay(name):
         assert last == {"weight", "bias"}
 
 
+def test_named_parameters_have_groups_of_their_own_with_their_factor():
+    model = build_model("resnet18", 5)
+    factors = {"fc.weight": 10.0, "fc.bias": 10.0}
+    optimizer = make_sgd(model, lr=0.1, weight_decay=1e-4, lr_factors=factors)
+    found = [
+        (group["lr_factor"], group["weight_decay"], len(group["params"]))
+        for group in optimizer.param_groups
+    ]
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    norms = 2 * sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert found == [(1, 1e-4, convolutions), (1, 0, norms), (10, 1e-4, 1), (10, 0, 1)]
+    assert optimizer.param_groups[2]["params"][0] is model.fc.weight
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

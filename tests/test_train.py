@@ -231,6 +231,34 @@ def test_the_values_of_the_recipe_act(dtd, monkeypatch, name, value):
     assert not same(best(), best(other)) and results(other)["settings"][name] == value
 
 
+@pytest.mark.parametrize(("pretrained", "factor"), [("auto", 10), ("none", 1)])
+def test_a_new_classifier_on_pretrained_weights_learns_faster(dtd, monkeypatch, pretrained, factor):
+    monkeypatch.setitem(FINETUNE, "head_lr_factor", 10)
+    save_weights("resnet18")
+    factors = {}
+
+    def note_factors(loop, state):
+        names = {id(p): name for name, p in loop.trainer.model.named_parameters()}
+        for group in loop.trainer.optimizer.param_groups:
+            factors.update({names[id(p)]: group["lr_factor"] for p in group["params"]})
+
+    monkeypatch.setattr(train.TrainLoop, "fit", note_factors)
+    with pytest.raises(UserError):  # nothing was trained that could be tested
+        fine_tune(dtd, pretrained=pretrained)
+    assert factors.pop("fc.weight") == factors.pop("fc.bias") == factor
+    assert set(factors.values()) == {1}
+
+
+def test_an_interrupted_run_keeps_the_factor_of_its_classifier(dtd, stop_after):
+    save_weights("resnet18")
+    fine_tune(dtd, pretrained="auto", run_dir="whole")
+    stop_after(step=1)
+    with pytest.raises(Preempted):
+        fine_tune(dtd, pretrained="auto")
+    fine_tune(dtd, pretrained="auto")
+    assert same(best(), best(Path("whole") / RUN.name))
+
+
 @TINY
 def test_a_run_keeps_the_precision_that_it_started_with(dtd, monkeypatch, capsys):
     fine_tune(dtd, "--no_amp", epochs=1)

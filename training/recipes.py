@@ -100,7 +100,8 @@ FINETUNE = {
     "momentum": 0.9,
     "nesterov": True,
     "weight_decay": 1e-4,
-    "warmup_epochs": 5,
+    "head_lr_factor": 10.0,  # of a new classifier on pretrained weights
+    "warmup_steps": 100,  # at most a tenth of the run
     "label_smoothing": 0.1,
     "mixup": 0.8,
     "cutmix": 1.0,
