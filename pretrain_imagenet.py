@@ -30,7 +30,6 @@ from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import digest_of
 from data.transforms import (
     Augment,
-    find_test_size,
     find_train_sizes,
     make_augmentation,
     make_eval_transform,
@@ -95,7 +94,7 @@ def add_data_flags(group) -> None:
         default=224,
         metavar="PX",
         help="side of the training and validation crop, in pixels; --recipe fast trains on smaller "
-        "crops and validates on larger ones, in proportion",
+        "crops",
     )
     group.add_argument(
         "--workers",
@@ -548,7 +547,7 @@ def print_run_summary(
         low, high = find_train_sizes(config)
         every = count_validation_interval(config, sampler.num_images, num_val_images)
         print(
-            f"training at {low}-{high} px, validation at {find_test_size(config)} px"
+            f"training at {low}-{high} px, validation at {config['img_size']} px"
             + (f", validation every {every} epochs" if every > 1 else "")
         )
     if sampler.micro_batch < config["batch_size"]:

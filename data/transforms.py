@@ -104,14 +104,6 @@ def find_train_sizes(config: dict) -> tuple[int, int]:
     return low, high
 
 
-def find_test_size(config: dict) -> int:
-    """Side of the validation crop of a run, in pixels."""
-    img_size = config.get("img_size", RECIPE_SIZE)
-    if not config.get("test_size"):
-        return img_size
-    return round_to_16(config["test_size"] * img_size / RECIPE_SIZE)
-
-
 def round_to_16(size: float) -> int:
     return max(32, 16 * round(size / 16))
 
@@ -149,7 +141,9 @@ def make_eval_transform(config: dict, size: int | None = None) -> EvalTransform:
 
     config: the training run's, as in its checkpoint and its weights file.
     """
-    return EvalTransform(size or find_test_size(config), config.get("test_resize", 256))
+    return EvalTransform(
+        size or config.get("img_size", RECIPE_SIZE), config.get("test_resize", 256)
+    )
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

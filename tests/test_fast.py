@@ -15,10 +15,8 @@ from data.sampling import StepSampler
 from data.synthetic import write_imagenet_tree
 from data.transforms import (
     AlternatingFlip,
-    find_test_size,
     find_train_sizes,
     make_augmentation,
-    make_eval_transform,
     normalise,
     ramp_size,
 )
@@ -85,21 +83,11 @@ def test_every_run_ends_at_the_high_size_and_only_grows_by_multiples_of_16(epoch
 
 
 def test_sizes_are_in_proportion_to_img_size():
-    config = {"train_sizes": [160, 192], "test_size": 256}
+    config = {"train_sizes": [160, 192]}
     assert find_train_sizes({**config, "img_size": 224}) == (160, 192)
     assert find_train_sizes({**config, "img_size": 448}) == (320, 384)
-    assert find_test_size({**config, "img_size": 112}) == 128
     assert find_train_sizes({**config, "img_size": 32}) == (32, 32)  # never smaller
-    assert find_train_sizes({"img_size": 100}) == (100, 100) and find_test_size({}) == 224
-
-
-def test_the_evaluation_of_a_run_crops_its_test_size_and_a_given_size_as_it_is():
-    config = {"img_size": 224, "test_size": 256, "test_resize": 256}
-    assert (make_eval_transform(config).size, make_eval_transform(config).resize) == (256, 293)
-    assert (make_eval_transform(config, 112).size, make_eval_transform(config, 112).resize) == (
-        112,
-        128,
-    )
+    assert find_train_sizes({"img_size": 100}) == (100, 100)
 
 
 # ---------------------------------------------------------------- flips and targets
@@ -216,7 +204,7 @@ def test_a_large_validation_set_is_used_less_often_and_always_at_the_end(tree, c
 @TINY
 def test_the_start_says_which_sizes_are_used(tree, capsys):
     pretrain(tree, epochs=1)
-    assert "training at 48-64 px, validation at 80 px" in capsys.readouterr().out
+    assert "training at 32-48 px, validation at 64 px" in capsys.readouterr().out
 
 
 def test_evaluate_repeats_the_accuracy_of_the_run(tree, capsys):

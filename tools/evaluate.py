@@ -22,7 +22,7 @@ from data.images import EvalSet, spot_check
 from data.loading import EvalLoader
 from data.splits import fingerprint
 from data.textures import DATASETS, load_splits
-from data.transforms import EvalTransform, find_test_size, make_eval_transform
+from data.transforms import EvalTransform, make_eval_transform
 from models.weights import load_trained
 from training.distributed import DistributedContext
 from training.engine import PRECISIONS, EvalMetrics, choose_precision, evaluate
@@ -194,7 +194,7 @@ def fill_defaults_from_run(args, config: dict) -> None:
     args.num_folds = args.num_folds or config.get("num_folds", 10)
 
     # size, batches and precision; train.py evaluates in batches of at least 32
-    args.img_size = args.img_size or find_test_size(config)
+    args.img_size = args.img_size or config.get("img_size", 224)
     args.batch_size = args.batch_size or max(config.get("batch_size", 256), 32 if on_run else 1)
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.precision = choose_precision(args.device, args.amp)

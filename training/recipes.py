@@ -71,13 +71,13 @@ PRETRAIN = {
         "batch_size": 256,
         "global_batch": None,
         "optimizer": "sgd",
-        "lr": 0.5,
+        "lr": 0.2,
         "lr_images": 256,
         "weight_decay": 5e-5,
         "momentum": 0.9,
         "nesterov": True,
         "schedule": "linear",
-        "warmup_epochs": 2,
+        "warmup_epochs": 1,
         "loss": "cross_entropy",
         "label_smoothing": 0.1,
         "clip_norm": 0,
@@ -88,8 +88,7 @@ PRETRAIN = {
         "crop_scale": [0.25, 1.0],
         "flip": "alternating",
         "stochastic_depth": 0.0,
-        "train_sizes": [168, 224],  # low, and at the end of a ramp over the last third of the run
-        "test_size": 256,  # of the centre crop
+        "train_sizes": [128, 192],  # low, and at the end of a ramp over the last third of the run
         "test_resize": 256,
         "validation_share": 0.1,  # of the training images; rarer validations where val/ is large
     },
