@@ -151,9 +151,10 @@ def add_recipe_flags(group) -> None:
     group.add_argument(
         "--lr",
         type=at_least(0, float),
-        default=0.01,
+        default=FINETUNE["lr"],
         metavar="LR",
-        help="peak learning rate, after the warm-up",
+        help="peak learning rate, after the warm-up; a new classifier on pretrained weights has "
+        f"{FINETUNE['head_lr_factor']:g} times this",
     )
     group.add_argument(
         "--img_size",
@@ -315,7 +316,7 @@ def make_config(args: argparse.Namespace, splits: Splits, device: torch.device) 
         lr=args.lr,
         img_size=args.img_size,
         precision=precision,
-        recipe=FINETUNE,
+        recipe={name: value for name, value in FINETUNE.items() if name != "lr"},
         data=fingerprint(splits),
         weights=weights_identity(args.model, args.pretrained),
         data_dir=args.data_dir,

@@ -274,7 +274,7 @@ def test_other_settings_are_named_and_overwrite_archives_the_old_run(dtd):
     fine_tune(dtd, epochs=1)
     with pytest.raises(UserError, match="epochs 1 → 2"):
         fine_tune(dtd)
-    with pytest.raises(UserError, match="lr 0.01 → 0.02"):
+    with pytest.raises(UserError, match="lr 0.03 → 0.02"):
         fine_tune(dtd, epochs=1, lr=0.02)
     fine_tune(dtd, "--overwrite")
     assert results()["epochs"] == 2

@@ -21,7 +21,6 @@ from tools.benchmark.timing import interleaved
 from training.recipes import FINETUNE, PRETRAIN
 
 PLAIN, OURS = "plain_train.py", "ours"
-FINETUNE_LR = 0.01  # train.py's default
 
 
 def measure_pretrain(args) -> dict:
@@ -60,7 +59,7 @@ def measure_sweep(args) -> dict:
 
     def run_plain(out: Path, seed: int) -> list[float]:
         accuracies = []
-        shared = [*make_flags(args), *plain_flags(FINETUNE), "--seed", seed, "--lr", FINETUNE_LR]
+        shared = [*make_flags(args), *plain_flags(FINETUNE), "--seed", seed, "--lr", FINETUNE["lr"]]
         for model, fold in itertools.product(models, folds):
             tree = link_tree(splits[fold], out / f"fold{fold}")
             run = out / f"{model}_fold{fold}"
