@@ -71,7 +71,7 @@ PRETRAIN = {
         "batch_size": 256,
         "global_batch": None,
         "optimizer": "sgd",
-        "lr": 0.2,
+        "lr": 0.1,
         "lr_images": 256,
         "weight_decay": 5e-5,
         "momentum": 0.9,
