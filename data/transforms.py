@@ -42,10 +42,13 @@ class TrainTransform:
         post_crop: Callable[[torch.Tensor], torch.Tensor] | None = None,
         flip: Callable[[int, int], bool] | None = None,
     ):
-        self.size_at = size if callable(size) else lambda epoch: size
+        self.size = size
         self.crop = v2.RandomResizedCrop(1, scale=scale, interpolation=_BICUBIC)
         self.num_ops, self.post_crop = num_ops, post_crop
         self.flip = flip or flip_randomly
+
+    def size_at(self, epoch: int) -> int:
+        return self.size(epoch) if callable(self.size) else self.size
 
     def __call__(
         self, image: torch.Tensor, epoch: int = 0, index: int = 0
@@ -211,8 +214,8 @@ class Augment:
         if not self.mixing:
             return images, targets.float()
         with seeded(self.seed, step, micro, 1):  # the 1 keeps these draws apart from other keys
-            mix, draws = self.mixing[int(torch.randint(len(self.mixing), ()))]
-            return mix(images, targets, **draws.make_params([images]))
+            mix, transform = self.mixing[int(torch.randint(len(self.mixing), ()))]
+            return mix(images, targets, **transform.make_params([images]))
 
 
 def mix_up(
