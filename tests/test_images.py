@@ -81,7 +81,7 @@ def test_an_unreadable_training_image_is_replaced_by_the_next_of_its_class(
     tmp_path, broken, index, stand_in
 ):
     source = write_listing(tmp_path, 8, broken=broken)
-    identity = TrainSet(source, lambda image: (image, torch.empty(0, 2)), 0)
+    identity = TrainSet(source, lambda image, epoch, index: (image, torch.empty(0, 2)), 0)
     for epoch in (0, 3):
         sample = identity[epoch, index]
         assert torch.equal(sample.image, source.read(stand_in))
