@@ -232,7 +232,7 @@ def print_joint(found: dict) -> None:
                 f"{part['loads']:8.0f}, trains {part['trains']:8.0f} images/s: limited by the "
                 f"{part['bottleneck']}, {part['reached']:.0f} images/s"
             )
-        print(f"{row['row']:32} {row['days']:.1f} days without validation")
+        print(f"{row['row']:32} {row['days']:.2f} days without validation")
 
 
 def show(found: dict) -> None:
