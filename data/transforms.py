@@ -82,29 +82,38 @@ class AlternatingFlip:
         self.seed = seed
 
     def __call__(self, epoch: int, index: int) -> bool:
+        # The fifth number keeps this draw apart from those of samples and micro-batches.
         return (key_seed(self.seed, 0, index, 0, 1) + epoch) % 2 == 1
 
 
 def ramp_size(epoch: int, *, epochs: int, low: int, high: int) -> int:
     """Side of the training crop in `epoch` (counted from 0) of a run of `epochs` epochs.
 
-    It is `low` for two thirds of the run, then rises linearly and is `high` in the last epoch;
-    always a multiple of 16 pixels.
+    It is `low` for two thirds of the run, then rises linearly and is `high` in the last epoch; a
+    size that changes is always a multiple of 16 pixels.
 
     >>> [ramp_size(e, epochs=9, low=160, high=192) for e in range(9)]
     [160, 160, 160, 160, 160, 160, 176, 176, 192]
     """
+    if low == high:
+        return low
     progress = (3 * (epoch + 1) - 2 * epochs) / epochs
     return round_to_16(low + (high - low) * max(0.0, progress))
 
 
 def find_train_sizes(config: dict) -> tuple[int, int]:
     """Side of the training crops at the start and at the end of a run, in pixels."""
-    img_size = config.get("img_size", RECIPE_SIZE)
+    img_size = config["img_size"]
     if not config.get("train_sizes"):
         return img_size, img_size
     low, high = (round_to_16(size * img_size / RECIPE_SIZE) for size in config["train_sizes"])
     return low, high
+
+
+def make_size_schedule(config: dict) -> Callable[[int], int]:
+    """The side of the training crop as a function of the epoch, counted from 0."""
+    low, high = find_train_sizes(config)
+    return partial(ramp_size, epochs=config.get("epochs", 1), low=low, high=high)
 
 
 def round_to_16(size: float) -> int:
@@ -114,11 +123,11 @@ def round_to_16(size: float) -> int:
 class EvalTransform:
     """Resize the shorter side (bicubic), then crop the central `size` × `size` pixels.
 
-    `resize` is the length of the shorter side for a crop of 224; other sizes are in proportion.
+    `resize` is the length of the shorter side for a crop of RECIPE_SIZE; others are in proportion.
     """
 
     def __init__(self, size: int, resize: int = 256):
-        self.size, self.resize = size, round(size * resize / 224)
+        self.size, self.resize = size, round(size * resize / RECIPE_SIZE)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         image = _bound_aspect(image)
@@ -144,9 +153,7 @@ def make_eval_transform(config: dict, size: int | None = None) -> EvalTransform:
 
     config: the training run's, as in its checkpoint and its weights file.
     """
-    return EvalTransform(
-        size or config.get("img_size", RECIPE_SIZE), config.get("test_resize", 256)
-    )
+    return EvalTransform(size or config.get("img_size", 224), config.get("test_resize", 256))
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -268,9 +275,8 @@ def make_augmentation(
         post_crop = TimmRandAugment(recipe["randaugment"], size=size, mean=IMAGENET_MEAN)
     else:
         num_ops, magnitude = recipe["randaugment"]
-    low, high = find_train_sizes({**recipe, "img_size": size})
     transform = TrainTransform(
-        low if low == high else partial(ramp_size, epochs=recipe["epochs"], low=low, high=high),
+        make_size_schedule({**recipe, "img_size": size}),
         scale=tuple(recipe["crop_scale"]),
         num_ops=num_ops,
         post_crop=post_crop,

@@ -144,7 +144,11 @@ def test_joint_names_the_bottleneck_and_the_days_of_a_pretraining(
     monkeypatch, capsys, ms, cores, rate, gpus, bottleneck, reached
 ):
     row = {"row": "x", "cpu_ms": ms, "wall_ms": ms, "cpu_ratio": 1, "wall_ratio": 1}
-    monkeypatch.setattr(benchmark, "measure_loader", lambda args, size: {"loader": [row]})
+    monkeypatch.setattr(
+        benchmark,
+        "measure_loader_at",
+        lambda args, sizes: {size: {"loader": [row]} for size in sizes},
+    )
     result = found(
         capsys, "joint", "--cores", str(cores), "--gpus", str(gpus), "--step_rate", str(rate)
     )
@@ -156,11 +160,11 @@ def test_joint_names_the_bottleneck_and_the_days_of_a_pretraining(
 
 
 def test_joint_adds_up_the_epochs_of_each_size(monkeypatch, capsys):
-    def measure_loader(args, size):
-        row = {"row": "x", "cpu_ms": size / 100, "wall_ms": 1, "cpu_ratio": 1, "wall_ratio": 1}
-        return {"loader": [row]}
+    def measure_loader_at(args, sizes):
+        same = {"row": "x", "wall_ms": 1, "cpu_ratio": 1, "wall_ratio": 1}
+        return {size: {"loader": [{**same, "cpu_ms": size / 100}]} for size in sizes}
 
-    monkeypatch.setattr(benchmark, "measure_loader", measure_loader)
+    monkeypatch.setattr(benchmark, "measure_loader_at", measure_loader_at)
     monkeypatch.setitem(benchmark.PRETRAIN["fast"], "train_sizes", [112, 224])
     flags = ["--recipe", "fast", "--epochs", "3", "--cores", "1", "--gpus", "1"]
     result = found(capsys, "joint", *flags, "--step_rate", "500")

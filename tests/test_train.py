@@ -231,6 +231,19 @@ def test_the_values_of_the_recipe_act(dtd, monkeypatch, name, value):
     assert not same(best(), best(other)) and results(other)["settings"][name] == value
 
 
+@TINY
+@pytest.mark.parametrize(("warmup_steps", "first_lr"), [(100, 0.015), (2, 0.03)])
+def test_the_warm_up_has_its_steps_but_at_most_a_tenth_of_the_run(
+    dtd, monkeypatch, warmup_steps, first_lr
+):
+    monkeypatch.setitem(FINETUNE, "warmup_steps", warmup_steps)
+    fine_tune(dtd, epochs=20)  # 40 steps, two per epoch
+    lines = (RUN / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in lines[:2]] == pytest.approx(
+        [first_lr, 0.03], rel=5e-3
+    )
+
+
 @pytest.mark.parametrize(("pretrained", "factor"), [("auto", 10), ("none", 1)])
 def test_a_new_classifier_on_pretrained_weights_learns_faster(dtd, monkeypatch, pretrained, factor):
     monkeypatch.setitem(FINETUNE, "head_lr_factor", 10)

@@ -65,7 +65,7 @@ PRETRAIN = {
         "test_resize": 236,
     },
     # Short runs: small images first, no RandAugment and no mixing, as in the ResNet-18 of FFCV
-    # (Leclerc et al. 2023, arXiv:2306.12517). Values that differ from theirs: docs/recipes.md.
+    # (Leclerc et al. 2023, arXiv:2306.12517). docs/results.md has the runs behind lr and sizes.
     "fast": {
         "epochs": 88,
         "batch_size": 256,

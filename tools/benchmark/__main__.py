@@ -33,9 +33,9 @@ import torch
 from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.processes import usable_cpus
-from data.transforms import find_train_sizes, ramp_size
+from data.transforms import make_size_schedule
 from tools.benchmark.end_to_end import measure_pretrain, measure_start, measure_sweep
-from tools.benchmark.loader import measure_loader
+from tools.benchmark.loader import measure_loader, measure_loader_at
 from tools.benchmark.step import make_turn, measure_step, steps_per_turn
 from tools.benchmark.timing import interleaved, print_table
 from training.recipes import PRETRAIN
@@ -126,10 +126,8 @@ def measure_joint(args) -> dict:
     """What limits a machine, its loader or its training step, and how long ImageNet takes."""
     # The loader and the step, at each image size of the run.
     epochs_of = count_epochs_by_size(args.recipe, args.img_size, args.epochs)
-    found, rates = {}, {}
-    for size in sorted(epochs_of):
-        found[size] = measure_loader(args, size)
-        rates[size] = measure_rate(args, size)
+    found = measure_loader_at(args, list(epochs_of))
+    rates = {size: measure_rate(args, size) for size in epochs_of}
 
     # Every epoch takes as long as the slower of the two.
     machine = []
@@ -156,11 +154,8 @@ def measure_joint(args) -> dict:
 
 def count_epochs_by_size(recipe: str, img_size: int, epochs: int) -> dict[int, int]:
     """Side of the training crop in pixels → how many epochs of the run have it."""
-    config = {**PRETRAIN[recipe], "img_size": img_size}
-    low, high = find_train_sizes(config)
-    if low == high:
-        return {low: epochs}
-    return Counter(ramp_size(e, epochs=epochs, low=low, high=high) for e in range(epochs))
+    size_at = make_size_schedule({**PRETRAIN[recipe], "img_size": img_size, "epochs": epochs})
+    return Counter(map(size_at, range(epochs)))
 
 
 def measure_rate(args, size: int) -> float:

@@ -23,13 +23,17 @@ from training.recipes import PRETRAIN
 DRAWN_SIZE = 420  # px, about ImageNet's mean
 
 
-def measure_loader(args, size: int | None = None) -> dict:
+def measure_loader(args) -> dict:
     """CPU time per image of a worker: read, decode, augment, collate; and of the device's part.
 
-    `size` is the side of the crop, else the smallest of the recipe at args.img_size.
+    The side of the crop is the smallest of the recipe at args.img_size.
     """
-    recipe = PRETRAIN[args.recipe]
-    size = size or min(find_train_sizes({**recipe, "img_size": args.img_size}))
+    size = min(find_train_sizes({**PRETRAIN[args.recipe], "img_size": args.img_size}))
+    return measure_loader_at(args, [size])[size]
+
+
+def measure_loader_at(args, sizes: list[int]) -> dict[int, dict]:
+    """What measure_loader finds, for each side of the crop, of the same images."""
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         # the same images as files, packed, and decoded
         folder = Path(name)
@@ -43,32 +47,37 @@ def measure_loader(args, size: int | None = None) -> dict:
             "decoded": pixels.data.numel(),
         }
 
-        # one row per way to read them
-        transform, augment = make_augmentation(
-            {**recipe, "train_sizes": None}, size=size, seed=0, num_classes=max(1000, len(classes))
-        )
-        plain = ImageFolder(tree / "train", make_train_transform(size, NUMBERS["min_scale"]))
         mix = MixingCollate(len(classes), NUMBERS["mixup"])
-        decoder = "torchcodec" if fast_jpeg() else "Pillow"
-        rows = {
-            "plain: ImageFolder, PIL, float": load_plainly(plain, mix, args.batch_size),
-            f"files, {decoder}": load(TrainSet(files, transform, 0), args.batch_size),
-            f"packed 256, {decoder}": load(TrainSet(packed, transform, 0), args.batch_size),
-            "decoded once (fine-tuning)": load(TrainSet(pixels, transform, 0), args.batch_size),
-        }
-        table = interleaved(rows, rounds=args.rounds, images=len(files))
+        found = {}
+        for size in sizes:
+            # one row per way to read them
+            transform, augment = make_augmentation(
+                {**PRETRAIN[args.recipe], "train_sizes": None},
+                size=size,
+                seed=0,
+                num_classes=max(1000, len(classes)),
+            )
+            plain = ImageFolder(tree / "train", make_train_transform(size, NUMBERS["min_scale"]))
+            decoder = "torchcodec" if fast_jpeg() else "Pillow"
+            rows = {
+                "plain: ImageFolder, PIL, float": load_plainly(plain, mix, args.batch_size),
+                f"files, {decoder}": load(TrainSet(files, transform, 0), args.batch_size),
+                f"packed 256, {decoder}": load(TrainSet(packed, transform, 0), args.batch_size),
+                "decoded once (fine-tuning)": load(TrainSet(pixels, transform, 0), args.batch_size),
+            }
+            table = interleaved(rows, rounds=args.rounds, images=len(files))
 
-        # what the workers leave to the device
-        dataset = TrainSet(files, transform, 0)
-        batch = collate([dataset[0, i % len(files)] for i in range(args.batch_size)])
-        device = measure_device_part(augment, batch, rounds=args.rounds)
-    return {
-        "loader": table,
-        "device": device,
-        "images": len(files),
-        "size": size,
-        "kb": {what: size / len(files) / 1e3 for what, size in kilobytes.items()},
-    }
+            # what the workers leave to the device
+            dataset = TrainSet(files, transform, 0)
+            batch = collate([dataset[0, i % len(files)] for i in range(args.batch_size)])
+            found[size] = {
+                "loader": table,
+                "device": measure_device_part(augment, batch, rounds=args.rounds),
+                "images": len(files),
+                "size": size,
+                "kb": {what: total / len(files) / 1e3 for what, total in kilobytes.items()},
+            }
+    return found
 
 
 def make_small_tree(data_dir: Path | None, tree: Path, *, count: int) -> Path:
