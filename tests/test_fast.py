@@ -220,13 +220,14 @@ def test_evaluate_repeats_the_accuracy_of_the_run(tree, capsys):
     evaluate.main(
         ["--data_dir", str(tree), "--weights", "weights/resnet18_imagenet.pt", "--workers", "0"]
     )
-    assert f"{about['top1']:.2f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{about['top1']:.2f}" in printed and "resize 73, crop 64" in printed
 
 
 def test_a_network_of_one_image_size_is_refused_in_one_line(tree):
     pytest.importorskip("timm")
     with pytest.raises(UserError, match="takes a single one: use another --recipe"):
         pretrain_imagenet.main(
-            ["--data_dir", str(tree), "--recipe", "fast"]
+            ["--data_dir", str(tree), "--recipe", "fast", "--epochs", "1", "--workers", "0"]
             + ["--model", "timm/swin_tiny_patch4_window7_224"]
         )
