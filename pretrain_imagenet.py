@@ -30,11 +30,12 @@ from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import digest_of
 from data.transforms import (
     Augment,
-    find_train_sizes,
+    list_train_sizes,
     make_augmentation,
     make_eval_transform,
 )
 from models import CHOICES, build_model, has_fixed_size, model_name
+from models.timm_models import check_takes_images, is_timm
 from models.twistnet import read_gates
 from models.weights import weights_stem
 from training.checkpoint import (
@@ -279,13 +280,16 @@ def main(argv: list[str] | None = None) -> None:
             img_size=args.img_size,
             stochastic_depth=config["stochastic_depth"],
         )
+        check_train_sizes(model, config)
         schedule = make_schedule_settings(args, config, sampler)
         trainer = make_trainer(config, model, context, augment, lr=schedule["base"])
         if tensors:
             load_tensors(trainer, tensors)
             tensors.clear()  # the host's copy, which nobody needs any more
+        if config.get("train_sizes"):
+            trainer.try_memory(sampler.micro_batch, max(list_train_sizes(config)))
         if args.compile:
-            model.compile()
+            compile_network(model)
         if context.is_main:
             print_run_summary(
                 config, sampler, len(val), state, model, train_loader.workers, **schedule
@@ -444,7 +448,7 @@ def make_sampler(num_images: int, config: dict, context: DistributedContext) -> 
         world_size=context.world_size,
         repeats=config["repeats"],
     )
-    check_batch_norm(sampler, batch_size, min(find_train_sizes(config)))
+    check_batch_norm(sampler, batch_size, min(list_train_sizes(config)))
     return sampler
 
 
@@ -515,6 +519,23 @@ def make_trainer(
     )
 
 
+def check_train_sizes(model: torch.nn.Module, config: dict) -> None:
+    """Raise UserError where a network of timm does not take all image sizes of the run."""
+    if is_timm(config["model"]):
+        for size in list_train_sizes(config):
+            check_takes_images(model, config["model"], size)
+
+
+def compile_network(model: torch.nn.Module) -> None:
+    """Compile once for each shape of the images: those of training, and two of validation.
+
+    Kernels for any shape are slower, and PyTorch makes them from the second shape on unless told
+    otherwise; beyond its limit of 8 shapes it would not compile at all.
+    """
+    torch._dynamo.config.recompile_limit = 32
+    model.compile(dynamic=False)
+
+
 def print_run_summary(
     config: dict,
     sampler: StepSampler,
@@ -544,10 +565,10 @@ def print_run_summary(
         f"{config['precision']}, {workers} workers per process"
     )
     if "train_sizes" in config:
-        low, high = find_train_sizes(config)
+        sizes = ", ".join(str(size) for size in list_train_sizes(config))
         every = count_validation_interval(config, sampler.num_images, num_val_images)
         print(
-            f"training at {low}-{high} px, validation at {config['img_size']} px"
+            f"training at {sizes} px, validation at {config['img_size']} px"
             + (f", validation every {every} epochs" if every > 1 else "")
         )
     if sampler.micro_batch < config["batch_size"]:

@@ -1,7 +1,7 @@
 """Which images a step sees, and with which random draws: pure functions of the seed.
 
 The order of an epoch depends only on (seed, epoch), the augmentation of a sample only on (seed,
-epoch, index, repeat), and the mixing of a micro-batch and the network's own draws only on (seed,
+epoch, index, repeat) and the recipe, and the mixing of a micro-batch and the network's own draws only on (seed,
 step, micro-batch). So any number of workers gives the same images, a run resumes at any step
 without replaying data, and another number of processes shares the same micro-batches.
 """
@@ -113,9 +113,12 @@ class StepSampler(Sampler[list[tuple[int, ...]]]):
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
 
 
-def check_batch_norm(sampler: StepSampler, batch_size: int, img_size: int) -> None:
-    """Raise UserError where BatchNorm of the last stage would see a single value per channel."""
-    if sampler.micro_batch > 1 or img_size > 32:
+def check_batch_norm(sampler: StepSampler, batch_size: int, crop_size: int) -> None:
+    """Raise UserError where BatchNorm of the last stage would see a single value per channel.
+
+    crop_size: side of the smallest training crops, in pixels.
+    """
+    if sampler.micro_batch > 1 or crop_size > 32:
         return
     if batch_size == 1:
         raise UserError(
@@ -123,5 +126,6 @@ def check_batch_norm(sampler: StepSampler, batch_size: int, img_size: int) -> No
         )
     raise UserError(
         f"the training set has {sampler.num_images} images, one per process, and BatchNorm needs "
-        "more than one value per channel: add images, or use an --img_size above 32"
+        f"more than one value per channel, which crops of {crop_size} px do not give: add images, "
+        "or use a larger --img_size"
     )

@@ -116,6 +116,12 @@ def make_size_schedule(config: dict) -> Callable[[int], int]:
     return partial(ramp_size, epochs=config.get("epochs", 1), low=low, high=high)
 
 
+def list_train_sizes(config: dict) -> list[int]:
+    """The sides of the training crops of a whole run, in pixels, each once, from small to large."""
+    size_at = make_size_schedule(config)
+    return sorted({size_at(epoch) for epoch in range(config["epochs"])})
+
+
 def round_to_16(size: float) -> int:
     return max(32, 16 * round(size / 16))
 

@@ -17,6 +17,8 @@ from common.errors import UserError
 from common.optional import import_optional
 
 PREFIX = "timm/"
+# What timm's networks raise where a setting or an image size does not suit them.
+BUILD_ERRORS = (AssertionError, RuntimeError, TypeError, ValueError)
 
 
 def is_timm(name: str) -> bool:
@@ -77,22 +79,32 @@ def build_timm(
             name.removeprefix(PREFIX), num_classes=num_classes, **settings
         )
         change_statistics(model, config.mean, config.std)
-        if img_size:
-            check_takes_images(model, img_size)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except BUILD_ERRORS as error:
         asked = f"{img_size} px" if img_size else "its own image size"
         if stochastic_depth:
             asked += f" and stochastic depth {stochastic_depth:g}"
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} cannot be built for {asked}: {reason}") from error
+        raise UserError(f"{name} cannot be built for {asked}: {_shorten(error)}") from error
+    if img_size:
+        check_takes_images(model, name, img_size)
     return model
 
 
-def check_takes_images(model: nn.Module, img_size: int) -> None:
-    """Classify one black image: networks refuse sizes that their patches do not divide."""
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, img_size, img_size))
+def check_takes_images(model: nn.Module, name: str, img_size: int) -> None:
+    """Classify one black image; UserError where the network does not take images of this size.
+
+    Some take only what their patches divide, or what they can halve often enough.
+    """
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, img_size, img_size))
+    except BUILD_ERRORS as error:
+        raise UserError(f"{name} does not take {img_size} px images: {_shorten(error)}") from error
     model.train()
+
+
+def _shorten(error: Exception) -> str:
+    """An error of timm or torch in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def change_statistics(model: nn.Module, mean: tuple, std: tuple) -> None:

@@ -11,6 +11,7 @@ from common.processes import STOP_SIGNALS
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +104,17 @@ def write_in_old_format():
         )
 
     return write
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch):
+    """torch.compile with a backend that computes as the network itself does."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **options: compiled(module, backend="eager", **options),
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters

@@ -54,6 +54,20 @@ def make(model, *, momentum=0.9, precision="fp32", augment=mix, **settings):
     return Trainer(model, sgd(model, momentum=momentum), CONTEXT, precision, augment, **settings)
 
 
+def test_trying_the_memory_runs_the_largest_images_and_changes_nothing():
+    model = tiny()
+    trainer, shapes = make(model, precision="bf16"), []
+    model.register_forward_hook(lambda module, inputs, _: shapes.append(inputs[0].shape))
+    before, draws = copy.deepcopy(trainer.state_dict()), torch.get_rng_state()
+    trainer.try_memory(5, 48)
+    assert shapes == [(5, 3, 48, 48)]
+    after = trainer.state_dict()
+    assert all(torch.equal(after["model"][name], x) for name, x in before["model"].items())
+    assert after["optimizer"] == before["optimizer"] and trainer.loss_sum == 0
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), draws)
+
+
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 

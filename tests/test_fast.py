@@ -16,11 +16,16 @@ from data.synthetic import write_imagenet_tree
 from data.transforms import (
     AlternatingFlip,
     find_train_sizes,
+    list_train_sizes,
     make_augmentation,
     normalise,
     ramp_size,
 )
 from tools import evaluate, pack
+from training import loop
+from training.checkpoint import Checkpointer
+from training.engine import Trainer
+from training.loop import TrainLoop
 from training.recipes import PRETRAIN
 
 FAST = PRETRAIN["fast"]
@@ -198,6 +203,61 @@ def test_an_interrupted_run_ends_with_the_same_bits(tree, stop_after, step):
 
 
 @TINY
+def test_a_resume_that_ends_where_no_validation_was_due_validates_and_writes_weights(
+    tree, monkeypatch, capsys
+):
+    train_epoch = TrainLoop.train_epoch
+
+    def die_in_the_fourth(training, state, steps):
+        training.join_save()
+        if state.epoch == 3:
+            raise Preempted("killed")
+        train_epoch(training, state, steps)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(TrainLoop, "train_epoch", die_in_the_fourth)
+        pretrain(tree, epochs=7)  # every fifth epoch is validated
+    assert all("val_top1" not in row for row in rows())
+    pretrain_imagenet.main(
+        ["--data_dir", str(tree), "--resume", "checkpoints/latest.pt", "--epochs", "3"]
+        + ["--workers", "0"]
+    )
+    assert "best.pt is missing" not in capsys.readouterr().out
+    last = torch.load("checkpoints/best.pt", weights_only=True)["history"][-1]
+    top1 = json.loads(Path("weights/resnet18_imagenet.json").read_text())["top1"]
+    assert rows()[-1]["epoch"] == 3 and rows()[-1]["val_top1"] == last["val_top1"] == top1
+
+
+@TINY
+def test_an_epoch_without_a_validation_is_saved_once(tree, monkeypatch):
+    """A validation may be long, so that the state is saved before it, too."""
+    saved = []
+    save = Checkpointer.save
+    monkeypatch.setattr(
+        Checkpointer, "save", lambda *args, **kw: saved.append(args[1]["step"]) or save(*args, **kw)
+    )
+    monkeypatch.setattr(loop, "SAVE_BEFORE_VALIDATION", 0)
+    pretrain(tree, epochs=6)
+    assert saved == [4, 8, 12, 16, 20, 20, 24, 24]
+
+
+@TINY
+def test_each_image_size_is_compiled_for_itself(tree, eager_compiler):
+    pretrain(tree, "--compile", "--img_size", "96", epochs=9)
+    sizes = list_train_sizes({**FAST, "img_size": 96, "epochs": 9})
+    # Validation has two shapes: whole batches and the last one.
+    assert len(sizes) == 3 and eager_compiler["stats"]["unique_graphs"] == len(sizes) + 2
+
+
+@TINY
+def test_the_largest_images_of_the_run_are_tried_first(tree, monkeypatch):
+    tried = []
+    monkeypatch.setattr(Trainer, "try_memory", lambda self, *shape: tried.append(shape))
+    pretrain(tree, epochs=6)
+    assert tried == [(4, 48)]
+
+
+@TINY
 def test_a_large_validation_set_is_used_less_often_and_always_at_the_end(tree, capsys):
     pretrain(tree, "--checkpoint_dir", "run", epochs=7)  # 9 of 18 × 0.1 images: every fifth epoch
     validated = [row["epoch"] for row in rows("run") if "val_top1" in row]
@@ -210,7 +270,9 @@ def test_a_large_validation_set_is_used_less_often_and_always_at_the_end(tree, c
 @TINY
 def test_the_start_says_which_sizes_are_used(tree, capsys):
     pretrain(tree, epochs=1)
-    assert "training at 32-48 px, validation at 64 px" in capsys.readouterr().out
+    assert "training at 48 px, validation at 64 px" in capsys.readouterr().out
+    pretrain(tree, "--checkpoint_dir", "run", epochs=7)
+    assert "training at 32, 48 px, validation at 64 px" in capsys.readouterr().out
 
 
 def test_evaluate_repeats_the_accuracy_of_the_run(tree, capsys):
@@ -231,3 +293,14 @@ def test_a_network_of_one_image_size_is_refused_in_one_line(tree):
             ["--data_dir", str(tree), "--recipe", "fast", "--epochs", "1", "--workers", "0"]
             + ["--model", "timm/swin_tiny_patch4_window7_224"]
         )
+
+
+def test_a_network_that_does_not_take_every_size_of_the_run_is_refused_at_the_start(tree):
+    pytest.importorskip("timm")
+    message = "timm/hrnet_w18_small does not take 48 px images: .*must match"
+    with pytest.raises(UserError, match=message):
+        pretrain_imagenet.main(
+            ["--data_dir", str(tree), "--recipe", "fast", "--epochs", "6", "--workers", "0"]
+            + ["--model", "timm/hrnet_w18_small", "--img_size", "64", "--batch_size", "4"]
+        )
+    assert not Path("checkpoints/latest.pt").exists()

@@ -105,6 +105,12 @@ def test_a_loss_above_the_first_epochs_is_a_warning_and_an_event(run_dir, capsys
     }
 
 
+def test_where_no_epoch_was_validated_yet_no_checkpoint_is_called_good(run_dir, capsys):
+    (event,) = rising(run_dir, [5.0, 3.5, 3.9, 5.1], best_epoch=0)
+    assert "the run may have broken; training continues\n" in capsys.readouterr().out
+    assert event["checkpoint"] is None and event["checkpoint_epoch"] == 0
+
+
 @pytest.mark.parametrize(
     "losses",
     [

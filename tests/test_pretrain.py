@@ -270,18 +270,6 @@ def test_the_number_of_workers_does_not_matter(tree):
 # ------------------------------------------------------------------ --compile
 
 
-@pytest.fixture
-def eager_compiler(monkeypatch):
-    """torch.compile with a backend that computes as the network itself does."""
-    compiled = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module: compiled(module, backend="eager")
-    )
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    return torch._dynamo.utils.counters
-
-
 def test_compile_captures_twistnet_whole_and_keeps_the_names_of_its_weights(tree, eager_compiler):
     pretrain(tree, "--compile", model="twistnet18", epochs=1, batch_size=9)
     assert eager_compiler["stats"]["unique_graphs"] == 2  # one of training, one of evaluation

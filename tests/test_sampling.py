@@ -165,7 +165,7 @@ def test_repeats_are_not_side_by_side_and_are_shared_alike(micro_batches):
     ("num_images", "batch_size", "img_size", "advice"),
     [
         (8, 1, 32, "use --batch_size 2 or more"),
-        (1, 8, 32, "the training set has 1 images, .*: add images, or use an --img_size above 32"),
+        (1, 8, 32, "has 1 images, .* crops of 32 px .*: add images, or use a larger --img_size"),
         (8, 2, 32, None),
         (8, 1, 33, None),
         (1, 8, 64, None),

@@ -67,6 +67,11 @@ class TrainState:
         self.history.append(row)
         self.seconds, self.data_wait = 0.0, 0.0
         self.loss_sums, self.grad_norms, self.unreadable = [], [], []
+        return self.update_best()
+
+    def update_best(self) -> bool:
+        """Whether the last epoch has the best validation so far, which best_epoch then names."""
+        row = self.history[-1]
         is_best = "val_top1" in row and (
             self.best is None or row["val_top1"] > self.best["val_top1"]
         )

@@ -90,7 +90,7 @@ def init_distributed() -> DistributedContext:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # all batches of a run have the same shape
+        torch.backends.cudnn.benchmark = True  # the shape of the batches changes rarely, if ever
     if world_size == 1:
         return DistributedContext(device=device)
 

@@ -165,6 +165,23 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def try_memory(self, batch_size: int, img_size: int) -> None:
+        """Run a forward and a backward pass on black images, and discard them.
+
+        Where memory is too small for the run's largest images, a run then ends before its first
+        step. Weights, buffers, gradients and random numbers stay as they are.
+        """
+        device = self.context.device
+        self.model.train()
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        images = torch.zeros(batch_size, 3, img_size, img_size, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            with autocast(device, self.precision):
+                logits = torch.func.functional_call(self.model, buffers, images)
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            torch.autograd.grad(logits.float().sum(), parameters, allow_unused=True)
+
     def _clip_gradients(self) -> torch.Tensor:
         """Scale the gradients down to clip_norm, if any; the norm that they had before."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]

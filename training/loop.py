@@ -1,5 +1,6 @@
 """The training loop that both scripts share: steps, epochs, checkpoints and stops."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -73,7 +74,9 @@ class TrainLoop:
         steps = self.loader.steps(state.step, self.epochs * self.steps_per_epoch)
         while state.epoch < self.epochs:
             self.train_epoch(state, steps)
-            self.end_epoch(state, self.validate(state))
+            self.end_epoch(state, self.validate(state) if self.is_validated(state) else None)
+        if "val_top1" not in state.history[-1]:
+            self.complete_last_epoch(state)
         self.finish(state)
 
     def start(self, state: TrainState) -> None:
@@ -122,18 +125,17 @@ class TrainLoop:
                     self.read_progress(state, bar)
                     next_reading = time.monotonic() + READ_SECONDS[self.context.device.type]
             self.read_progress(state, bar)
-        self.check_in(state, save_after=SAVE_BEFORE_VALIDATION)
+        self.check_in(state, SAVE_BEFORE_VALIDATION if self.is_validated(state) else math.inf)
 
-    def validate(self, state: TrainState) -> EvalMetrics | None:
-        """Exact counts over all ranks; None in an epoch without a validation."""
+    def is_validated(self, state: TrainState) -> bool:
+        """Whether the epoch in progress ends with a validation."""
         epoch = state.epoch + 1
-        if epoch % self.validate_every and epoch < self.epochs:
-            return None
-        return self.evaluator.run(self.trainer.model)
+        return epoch % self.validate_every == 0 or epoch == self.epochs
 
-    def end_epoch(self, state: TrainState, metrics: EvalMetrics | None) -> None:
-        """Turn the epoch's sums into a row of the log, save, and report what is unusual."""
-        if metrics and metrics.unreadable:
+    def validate(self, state: TrainState) -> EvalMetrics:
+        """Exact counts over all ranks. Raises UserError where an image cannot be decoded."""
+        metrics = self.evaluator.run(self.trainer.model)
+        if metrics.unreadable:
             self.save(state)
             self.ensure_saved(state)
             raise UserError(
@@ -141,6 +143,17 @@ class TrainLoop:
                 "evaluation uses every image: restore the files and run the same command again: "
                 + ", ".join(metrics.unreadable)
             )
+        return metrics
+
+    def complete_last_epoch(self, state: TrainState) -> None:
+        """Validate the last epoch now: a resume with fewer --epochs can end where none was due."""
+        state.history[-1].update(self.validate(state).as_row("val"))
+        self.save(state, best=state.update_best())
+        if self.context.is_main:
+            self.run_dir.write_log(state.history)
+
+    def end_epoch(self, state: TrainState, metrics: EvalMetrics | None) -> None:
+        """Turn the epoch's sums into a row of the log, save, and report what is unusual."""
         # The row.
         state.grad_norms += self.trainer.read_grad_norms()
         loss_sum, num_images = self.context.sum(list(self.trainer.read_loss()))
@@ -206,7 +219,7 @@ class TrainLoop:
 
     # ------------------------------------------------------------------ saves and stops
 
-    def check_in(self, state: TrainState, save_after: float = float("inf")) -> None:
+    def check_in(self, state: TrainState, save_after: float = math.inf) -> None:
         """Let all ranks know of a stop request, a diverged loss, unreadable images or a due save.
 
         They then act on it together. A save is due after save_seconds, or after `save_after`

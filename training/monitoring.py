@@ -49,12 +49,14 @@ def report_rising_loss(state: TrainState, row: dict, run_dir: RunDir) -> None:
         return
     if not losses[-1] <= losses[0] < row["train_loss"]:
         return
-    best = run_dir.path / BEST
+    best, advice = None, ""
+    if state.best_epoch:
+        best = str(run_dir.path / BEST)
+        advice = f". The last good checkpoint is {best} of epoch {state.best_epoch}"
     print(
         f"warning: the training loss of epoch {row['epoch']}, {row['train_loss']:.3f}, is above "
         f"that of the first epoch, {losses[0]:.3f}, although it had been {min(losses):.3f}: the "
-        f"run may have broken. The last good checkpoint is {best} of epoch {state.best_epoch}; "
-        "training continues",
+        f"run may have broken{advice}; training continues",
         flush=True,
     )
     run_dir.log_event(
@@ -63,7 +65,7 @@ def report_rising_loss(state: TrainState, row: dict, run_dir: RunDir) -> None:
         train_loss=row["train_loss"],
         first_loss=losses[0],
         lowest_loss=min(losses),
-        checkpoint=str(best),
+        checkpoint=best,
         checkpoint_epoch=state.best_epoch,
     )
 
