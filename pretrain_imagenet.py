@@ -113,7 +113,7 @@ def add_recipe_flags(group) -> None:
         default="guide",
         choices=PRETRAIN,
         metavar="NAME",
-        help="guide (this project's), fast (growing images, 88 epochs), or a1 (timm's A1: steps of "
+        help="guide (the pretraining guides'), fast (growing images, 88 epochs), or a1 (timm's A1: steps of "
         "2048 images by accumulation; pip install timm)",
     )
     group.add_argument(

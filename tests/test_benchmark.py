@@ -176,6 +176,32 @@ def test_joint_adds_up_the_epochs_of_each_size(monkeypatch, capsys):
     assert {part["bottleneck"] for part in only["parts"]} == {"loader"}
 
 
+def test_joint_measures_the_step_of_the_recipe(monkeypatch, capsys):
+    batch, _ = step.make_batch(2, 48, recipe="guide", pin_memory=False)
+    assert batch.draws.shape == (2, 2, 2)  # two operations of RandAugment
+    batch, _ = step.make_batch(2, 48, recipe="fast", pin_memory=False)
+    assert batch.draws.shape == (2, 0, 2) and batch.image.shape == (2, 3, 48, 48)
+    asked = []
+
+    def make_turn(*names, **settings):
+        asked.append(settings)
+        return lambda number: None
+
+    row = {"row": "x", "cpu_ms": 1, "wall_ms": 1, "cpu_ratio": 1, "wall_ratio": 1}
+    monkeypatch.setattr(
+        benchmark, "measure_loader_at", lambda args, sizes: {s: {"loader": [row]} for s in sizes}
+    )
+    monkeypatch.setattr(benchmark, "make_turn", make_turn)
+    found(capsys, "joint", "--recipe", "fast", "--epochs", "1", "--batch_size", "4")
+    assert asked == [{"batch_size": 4, "img_size": 192, "recipe": "fast"}]
+
+
+@pytest.mark.parametrize("what", ["step", "sweep", "start"])
+def test_a_recipe_is_refused_where_it_would_be_ignored(what):
+    with pytest.raises(UserError, match=f"--recipe is for .*: {what} does not take it"):
+        benchmark.parse_args([what, "--recipe", "fast", "--data_dir", "x"])
+
+
 def test_pretrain_with_a_recipe_measures_it_beside_the_guides(tree, monkeypatch, capsys):
     started = []
 

@@ -16,7 +16,7 @@ their own images if no --data_dir is given.
 
 --recipe is that of loader and joint; pretrain measures it beside the guide's. joint measures each
 image size of a recipe whose images grow, and adds up the epochs; --step_rate is then for
---img_size, and other sizes have it in inverse proportion to their pixels.
+--img_size, and for other sizes it is scaled inversely with the number of pixels.
 
 step compares the plain recipe's ResNet-18 with ours, and ours with TwistNet-18 in each of its
 implementations: plain, fused, and compiled by torch.compile. --step_rate is images/s of one GPU
@@ -43,6 +43,7 @@ from training.recipes import PRETRAIN
 EPOCHS = {"pretrain": 3, "sweep": 10}
 IMAGENET_TRAIN = 1_281_167
 WHOLE_RUNS = ("pretrain", "sweep")
+TAKE_A_RECIPE = ("loader", "joint", "pretrain")
 
 
 def parse_args(argv: list[str] | None = None):
@@ -63,7 +64,7 @@ def parse_args(argv: list[str] | None = None):
         default="guide",
         choices=PRETRAIN,
         metavar="NAME",
-        help=f"for loader, joint and pretrain, one of {', '.join(PRETRAIN)} (default: guide)",
+        help=f"for loader, joint and pretrain, one of {', '.join(PRETRAIN)}",
     )
     parser.add_argument(
         "--batch_size",
@@ -117,6 +118,8 @@ def parse_args(argv: list[str] | None = None):
     args.batch_size = args.batch_size or (256 if on_gpu else 32)
     args.rounds = args.rounds or (1 if args.what in WHOLE_RUNS else 5)
     args.epochs = args.epochs or EPOCHS.get(args.what) or PRETRAIN[args.recipe]["epochs"]
+    if args.recipe != "guide" and args.what not in TAKE_A_RECIPE:
+        raise UserError(f"--recipe is for {', '.join(TAKE_A_RECIPE)}: {args.what} does not take it")
     if args.what in WHOLE_RUNS and not args.data_dir:
         raise UserError(f"{args.what} needs real images: give their folder with --data_dir")
     return args
@@ -162,7 +165,9 @@ def measure_rate(args, size: int) -> float:
     """Images/s that one GPU trains, of `size` × `size` pixels."""
     if args.step_rate is not None:
         return args.step_rate * (args.img_size / size) ** 2
-    turn = make_turn("twistnet18", "auto", batch_size=args.batch_size, img_size=size)
+    turn = make_turn(
+        "twistnet18", "auto", batch_size=args.batch_size, img_size=size, recipe=args.recipe
+    )
     images = args.batch_size * steps_per_turn()
     (row,) = interleaved({"": turn}, rounds=args.rounds, images=images)
     return 1e3 / row["wall_ms"]

@@ -20,7 +20,6 @@ from training.engine import Trainer, choose_precision
 from training.optim import make_optimizer
 from training.recipes import PRETRAIN
 
-RECIPE = PRETRAIN["guide"]
 NUM_CLASSES = 1000
 # label: (network, how it is trained); the second row is what the TwistNets are compared with
 ROWS = {
@@ -37,12 +36,14 @@ def steps_per_turn() -> int:
     return 10 if torch.cuda.is_available() else 1
 
 
-def make_turn(name: str, how: str, *, batch_size: int, img_size: int) -> Callable[[int], None]:
+def make_turn(
+    name: str, how: str, *, batch_size: int, img_size: int, recipe: str = "guide"
+) -> Callable[[int], None]:
     """Some training steps on one batch, which starts in the host's memory.
 
     how: "plain recipe" as in plain_train.py; or Trainer.step, with an STCI.implementation ("auto",
     "plain", "fused"), or "compiled" by torch.compile. On a GPU ours includes what the workers leave
-    to it: the copy of uint8 images, RandAugment, normalisation and mixing.
+    to it: the copy of uint8 images, and the recipe's RandAugment, normalisation and mixing.
     """
     context = init_distributed()
     torch.manual_seed(0)
@@ -60,14 +61,14 @@ def make_turn(name: str, how: str, *, batch_size: int, img_size: int) -> Callabl
 
     # the batch; on a CPU augmentation is part of loading, and here the network's own part counts
     on_gpu = context.device.type == "cuda"
-    batch, augment = make_batch(batch_size, img_size, pin_memory=on_gpu)
+    batch, augment = make_batch(batch_size, img_size, recipe=recipe, pin_memory=on_gpu)
     if not on_gpu:
         images, targets = augment(batch.image, batch.label, batch.draws, step=0, micro=0)
 
         def augment(*args, **kwargs):
             return images, targets
 
-    optimizer = make_optimizer(RECIPE, model, lr=0.1)
+    optimizer = make_optimizer(PRETRAIN[recipe], model, lr=0.1)
     precision = choose_precision(context.device, True)
     trainer = Trainer(model, optimizer, context, precision, augment)
 
@@ -78,9 +79,16 @@ def make_turn(name: str, how: str, *, batch_size: int, img_size: int) -> Callabl
     return turn
 
 
-def make_batch(batch_size: int, img_size: int, *, pin_memory: bool) -> tuple[Sample, Callable]:
+def make_batch(
+    batch_size: int, img_size: int, *, recipe: str, pin_memory: bool
+) -> tuple[Sample, Callable]:
     """A collated batch of random images, and the device's part of its augmentation."""
-    transform, augment = make_augmentation(RECIPE, size=img_size, seed=0, num_classes=NUM_CLASSES)
+    transform, augment = make_augmentation(
+        {**PRETRAIN[recipe], "train_sizes": None},
+        size=img_size,
+        seed=0,
+        num_classes=NUM_CLASSES,
+    )
     samples = []
     for index in range(batch_size):
         image = torch.randint(256, (3, img_size, img_size), dtype=torch.uint8)
