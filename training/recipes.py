@@ -65,7 +65,8 @@ PRETRAIN = {
         "test_resize": 236,
     },
     # Short runs: small images first, no RandAugment and no mixing, as in the ResNet-18 of FFCV
-    # (Leclerc et al. 2023, arXiv:2306.12517). docs/results.md has the runs behind lr and sizes.
+    # (Leclerc et al. 2023, arXiv:2306.12517), whose lr is 0.5 for 1024 images, 0.125 for 256.
+    # docs/results.md has the runs behind lr and sizes.
     "fast": {
         "epochs": 88,
         "batch_size": 256,
@@ -90,7 +91,8 @@ PRETRAIN = {
         "stochastic_depth": 0.0,
         "train_sizes": [128, 192],  # low, and at the end of a ramp over the last third of the run
         "test_resize": 256,
-        "validation_share": 0.1,  # of the training images; rarer validations where val/ is large
+        # At most this many validation images per training image: a larger val/ is used less often.
+        "validation_share": 0.1,
     },
 }
 
