@@ -113,8 +113,8 @@ def add_recipe_flags(group) -> None:
         default="guide",
         choices=PRETRAIN,
         metavar="NAME",
-        help="guide (the pretraining guides'), fast (growing images, 88 epochs), or a1 (timm's A1: steps of "
-        "2048 images by accumulation; pip install timm)",
+        help="guide (the pretraining guides'), fast (growing images, 88 epochs), or a1 (timm's A1: "
+        "steps of 2048 images by accumulation; pip install timm)",
     )
     group.add_argument(
         "--model",

@@ -1,9 +1,9 @@
 """Which images a step sees, and with which random draws: pure functions of the seed.
 
 The order of an epoch depends only on (seed, epoch), the augmentation of a sample only on (seed,
-epoch, index, repeat) and the recipe, and the mixing of a micro-batch and the network's own draws only on (seed,
-step, micro-batch). So any number of workers gives the same images, a run resumes at any step
-without replaying data, and another number of processes shares the same micro-batches.
+epoch, index, repeat) and the recipe, and the mixing of a micro-batch and the network's own draws
+only on (seed, step, micro-batch). So any number of workers gives the same images, a run resumes at
+any step without replaying data, and another number of processes shares the same micro-batches.
 """
 
 from collections.abc import Iterator

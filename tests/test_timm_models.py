@@ -109,7 +109,9 @@ def test_without_timm_the_error_says_what_to_install(dtd, monkeypatch, capsys):
 def test_a_network_with_a_fixed_size_is_built_for_the_images():
     assert build_model(VIT, 3, img_size=64).pos_embed.shape[1] == 1 + 4 * 4
     assert build_model(RESNET, 3, img_size=64).eval()(torch.zeros(1, 3, 96, 96)).shape == (1, 3)
-    with pytest.raises(UserError, match="test_vit does not take 40 px images: .*divisible by patch"):
+    with pytest.raises(
+        UserError, match="test_vit does not take 40 px images: .*divisible by patch"
+    ):
         build_model(VIT, 3, img_size=40)
 
 
