@@ -85,7 +85,7 @@ def test_pretraining_on_two_gpus_is_stopped_by_sigusr1_and_resumed_on_one(null_g
     )
     script = [str(HERE / "run_script.py"), str(ROOT / "pretrain_imagenet.py")]
     flags = ["--data_dir", "tree", "--workers", "1"]
-    recipe = ["--img_size", "64", "--batch_size", "4", "--model", "twistnet18"]
+    recipe = ["--recipe", "fast", "--img_size", "64", "--batch_size", "4"]
 
     # Train on two devices until an epoch is in the log, then signal one rank.
     run = subprocess.Popen(
