@@ -11,6 +11,7 @@ from common.errors import UserError
 from data.synthetic import write_dtd, write_imagenet_tree
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import end_to_end, loader, plain_train, step, timing
+from training.recipes import FINETUNE
 
 SMALL = ["--img_size", "32", "--rounds", "1", "--batch_size", "4"]
 
@@ -263,6 +264,8 @@ def test_sweep_starts_the_same_runs_on_both_sides(tmp_path, monkeypatch, capsys)
         for words in plain
     } == {(model, fold) for model in ("resnet18", "twistnet18") for fold in ("fold1", "fold2")}
     assert ours[0] == "run_all.py"
+    augmentation = ["--num_ops", "0", "--mixup", str(FINETUNE["mixup"])]  # as the recipe's
+    assert all(" ".join(augmentation) in " ".join(words) for words in plain)
     assert [row["accuracy"] for row in result["sweep"]] == [25, 50]  # the mean of 10 to 40, and 50
     assert result["images"] == 10 * 4 * 4  # epochs, runs, training images
 
@@ -275,7 +278,8 @@ def test_start_runs_both_scripts_to_their_end(capsys):
     )
 
 
-def test_the_plain_script_learns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("augmentation", ["", " --num_ops 0 --mixup 0"])
+def test_the_plain_script_learns(tmp_path, monkeypatch, augmentation):
     """Red and blue images are told apart after a few epochs."""
     rng = np.random.default_rng(0)
     for name, channel in (("blue", 2), ("red", 0)):
@@ -285,7 +289,7 @@ def test_the_plain_script_learns(tmp_path, monkeypatch):
                 pixels = rng.integers(0, 80, (40, 40, 3), dtype=np.uint8)
                 pixels[:, :, channel] += 150
                 Image.fromarray(pixels).save(f"tree/{split}/{name}/{number}.png")
-    flags = "--epochs 4 --batch_size 8 --img_size 32 --workers 0 --lr 0.02"
+    flags = "--epochs 4 --batch_size 8 --img_size 32 --workers 0 --lr 0.02" + augmentation
     words = ["plain_train", *flags.split(), "--data_dir", "tree", "--out", "plain"]
     monkeypatch.setattr("sys.argv", words)
     plain_train.main()

@@ -123,7 +123,12 @@ def make_flags(args) -> list:
 
 
 def plain_flags(recipe: dict) -> list:
-    return ["--min_scale", recipe["crop_scale"][0], "--mixup", recipe["mixup"]]
+    """The flags of plain_train.py for a recipe's augmentation."""
+    return [
+        *("--min_scale", recipe["crop_scale"][0]),
+        *("--num_ops", recipe["randaugment"][0]),
+        *("--mixup", recipe["mixup"]),
+    ]
 
 
 def link_tree(splits: Splits, tree: Path) -> Path:

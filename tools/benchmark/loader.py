@@ -57,7 +57,7 @@ def measure_loader_at(args, sizes: list[int]) -> dict[int, dict]:
                 seed=0,
                 num_classes=max(1000, len(classes)),
             )
-            plain = ImageFolder(tree / "train", make_train_transform(size, NUMBERS["min_scale"]))
+            plain = ImageFolder(tree / "train", make_train_transform(size))
             decoder = "torchcodec" if fast_jpeg() else "Pillow"
             rows = {
                 "plain: ImageFolder, PIL, float": load_plainly(plain, mix, args.batch_size),

@@ -23,18 +23,22 @@ from torchvision.transforms import InterpolationMode, v2
 from models import build_model
 
 NUMBERS = {"epochs": 3, "batch_size": 32, "img_size": 224, "workers": 4, "seed": 42, "lr": 0.1}
-NUMBERS |= {"min_scale": 0.08, "mixup": 0.2}  # smallest share of a random crop, MixUp's alpha
+# The smallest share of a random crop, RandAugment's operations per image, and MixUp's alpha; with 0
+# of the latter two there is no RandAugment, and neither MixUp nor CutMix.
+NUMBERS |= {"min_scale": 0.08, "num_ops": 2, "mixup": 0.2}
 TO_FLOAT = (
     transforms.ToTensor(),
     transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 )
 
 
-def make_train_transform(size: int, min_scale: float) -> transforms.Compose:
+def make_train_transform(
+    size: int, min_scale: float = NUMBERS["min_scale"], num_ops: int = NUMBERS["num_ops"]
+) -> transforms.Compose:
     bicubic = InterpolationMode.BICUBIC
     crop = transforms.RandomResizedCrop(size, scale=(min_scale, 1.0), interpolation=bicubic)
-    flip, randaugment = transforms.RandomHorizontalFlip(), transforms.RandAugment(2, 9)
-    return transforms.Compose([crop, flip, randaugment, *TO_FLOAT])
+    randaugment = [transforms.RandAugment(num_ops, 9)] if num_ops else []
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), *randaugment, *TO_FLOAT])
 
 
 def make_eval_transform(size: int) -> transforms.Compose:
@@ -76,12 +80,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     # data
-    train_transform = make_train_transform(args.img_size, args.min_scale)
+    train_transform = make_train_transform(args.img_size, args.min_scale, args.num_ops)
     train = ImageFolder(args.data_dir / "train", train_transform)
     val = ImageFolder(args.data_dir / "val", make_eval_transform(args.img_size))
     options = {"batch_size": args.batch_size, "num_workers": args.workers}
     options |= {"pin_memory": device == "cuda", "persistent_workers": args.workers > 0}
-    collate = MixingCollate(len(train.classes), args.mixup)
+    collate = MixingCollate(len(train.classes), args.mixup) if args.mixup else None
     train_loader = DataLoader(train, shuffle=True, drop_last=True, collate_fn=collate, **options)
     val_loader = DataLoader(val, **options)
 
