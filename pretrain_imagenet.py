@@ -521,7 +521,7 @@ def make_trainer(
 
 def check_train_sizes(model: torch.nn.Module, config: dict) -> None:
     """Raise UserError where a network of timm does not take all image sizes of the run."""
-    if is_timm(config["model"]):
+    if config.get("train_sizes") and is_timm(config["model"]):
         for size in list_train_sizes(config):
             check_takes_images(model, config["model"], size)
 
