@@ -4,6 +4,7 @@ The tests' networks are small, and several tests run at a time.
 """
 
 import os
+import shutil
 import signal
 
 from common.processes import STOP_SIGNALS
@@ -22,6 +23,7 @@ def in_tmp(tmp_path, monkeypatch):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    shutil.rmtree(f"{tmp_path}-cache", ignore_errors=True)  # pytest removes tmp_path alone
 
 
 @pytest.fixture
