@@ -56,6 +56,7 @@ from training.resuming import (
     check_same_data,
     copy_best,
     describe_resumed,
+    find_branch,
     find_changed_settings,
     is_branch,
     load_run,
@@ -190,8 +191,8 @@ def add_file_flags(group) -> None:
         "--resume",
         type=Path,
         metavar="FILE",
-        help="checkpoint to resume with its own settings; 'auto': latest.pt of --checkpoint_dir if "
-        "it exists, else a new run",
+        help="checkpoint to resume with its own settings, as a branch if --checkpoint_dir is "
+        "another folder; 'auto': latest.pt of --checkpoint_dir if it exists, else a new run",
     )
     group.add_argument(
         "--overwrite",
@@ -257,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     context = init_distributed()
     stop = StopRequest()
     run_dir = RunDir(args.checkpoint_dir)
+    args.resume = find_branch(args.resume, args.checkpoint_dir)
     if context.is_main:
         prepare_checkpoint_dir(run_dir, args.resume, overwrite=args.overwrite)
         make_weights_dir(args.weights_dir)
@@ -265,10 +267,10 @@ def main(argv: list[str] | None = None) -> None:
     # The state: of a new run, or of the one to resume.
     state, tensors = open_state(args, given, train, classes, context)
     config = state.config
+    sampler = make_sampler(len(train), config, context)
+    check_epochs(state, sampler.steps_per_epoch)
     with run_dir.recording_failure(active=context.is_main):
         # Loaders.
-        sampler = make_sampler(len(train), config, context)
-        check_epochs(state, args.epochs * sampler.steps_per_epoch)
         val_loader = make_val_loader(val, args, config, context)
         train_loader, augment = make_train_loader(train, classes, sampler, args, config)
 
@@ -294,6 +296,8 @@ def main(argv: list[str] | None = None) -> None:
             print_run_summary(
                 config, sampler, len(val), state, model, train_loader.workers, **schedule
             )
+            if is_branch(args.resume, args.checkpoint_dir):
+                copy_best(state, args.resume.parent, args.checkpoint_dir)
 
         # Training.
         TrainLoop(
@@ -340,17 +344,17 @@ def open_state(
     state.data_digest = digest
     if context.is_main:
         print(describe_resumed(state, path, args.epochs), flush=True)
-        if is_branch(args.resume, args.checkpoint_dir):
-            copy_best(state, path.parent, args.checkpoint_dir)
     return state, tensors
 
 
-def check_epochs(state: TrainState, total_steps: int) -> None:
-    if state.step > total_steps:
-        raise UserError(
-            f"--epochs {state.config['epochs']} is less than the run has trained: its epoch "
-            f"{state.epoch + 1} has begun"
-        )
+def check_epochs(state: TrainState, steps_per_epoch: int) -> None:
+    """Raise UserError where the run has trained for longer than --epochs."""
+    epochs = state.config["epochs"]
+    if state.step > epochs * steps_per_epoch:
+        trained = f"it has finished {state.epoch}"
+        if state.step > state.epoch * steps_per_epoch:
+            trained = f"its epoch {state.epoch + 1} has begun"
+        raise UserError(f"--epochs {epochs} is less than the run has trained: {trained}")
 
 
 def restore_flags(args: argparse.Namespace, given: set[str], state: TrainState, path: Path) -> None:

@@ -41,6 +41,7 @@ from training.checkpoint import (
     has_checkpoint,
     load_checkpoint,
     load_tensors,
+    recover_best,
 )
 from training.distributed import DistributedContext, init_distributed
 from training.engine import EvalMetrics, Evaluator, Trainer, choose_precision
@@ -331,7 +332,7 @@ def load_state(folder: Path, config: dict) -> tuple[TrainState | None, dict | No
     check_same_config(folder, state.config, config)
     if warning:
         print(warning, flush=True)
-    if state.best_epoch and not (folder / BEST).exists():
+    if not recover_best(folder, state) and not (folder / BEST).exists():
         raise UserError(
             f"{folder / BEST}, the checkpoint of the best epoch {state.best_epoch}, is missing: "
             "start again with --overwrite"

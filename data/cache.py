@@ -58,9 +58,12 @@ class DecodedFiles(ImageFiles):
 
 def cache_folders(root: Path) -> list[Path]:
     """Folders for caches of the data in `root`: beside it, else under the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-    return [root / FOLDER, user / "twistnet" / name]
+    folders = [root / FOLDER]
+    if os.path.isabs(user):  # a user without a home folder has none
+        folders.append(Path(user, "twistnet", name))
+    return folders
 
 
 def with_pixel_cache(
@@ -120,7 +123,7 @@ def _hash_files(source: ImageFiles) -> str:
 
 
 def _open_cache(place: Path) -> PackedImages | None:
-    if not (place / MANIFEST).is_file():
+    if not os.path.isfile(place / MANIFEST):  # Path.is_file raises where it may not look
         return None
     try:
         return PackedImages(place, SPLIT, read_manifest(place)["splits"][SPLIT])

@@ -1,5 +1,6 @@
 """Listings of images, and the two datasets that training and evaluation make of them."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class ImageFiles:
         return len(self.files)
 
     def path(self, index: int) -> Path:
-        return self.root / self.files[index].decode("utf-8", "surrogateescape")
+        return self.root / os.fsdecode(self.files[index])
 
     def file_name(self, index: int) -> str:
         """The path as text that can be printed, whatever bytes it has."""

@@ -91,7 +91,7 @@ class PackedImages:
         return self.rows["name"]
 
     def file_name(self, index: int) -> str:
-        file = self.rows[index]["name"].decode("utf-8", "surrogateescape")
+        file = os.fsdecode(self.rows[index]["name"])
         return f"{self.root / self.split}.data: {file}"
 
     def read(self, index: int) -> torch.Tensor:

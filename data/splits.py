@@ -109,10 +109,16 @@ def list_images(root: Path, folder: str, left_out: Counter | None = None) -> lis
         if left_out is not None:
             suffixes = (os.path.splitext(name)[1].lower() for name in names)
             left_out.update(suffix for suffix in suffixes if suffix in LEFT_OUT_SUFFIXES)
-        real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        # A link to a folder that was visited already would put one image into two splits.
-        folders[:] = [n for n, p in real.items() if not _is_skipped(n) and p not in visited]
-        visited.update(real.values())
+        # A second way to a folder would put one image into two splits. Links come last, so that
+        # images are listed by the folders' own names.
+        kept, ordered = [], sorted(folders)
+        ordered.sort(key=lambda name: os.path.islink(os.path.join(place, name)))
+        for name in ordered:
+            real = os.path.realpath(os.path.join(place, name))
+            if not _is_skipped(name) and real not in visited:
+                visited.add(real)
+                kept.append(name)
+        folders[:] = kept
     return sorted(found)
 
 

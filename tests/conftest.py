@@ -3,6 +3,7 @@
 The tests' networks are small, and several tests run at a time.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -24,6 +25,24 @@ def in_tmp(tmp_path, monkeypatch):
     for number, handler in before.items():
         signal.signal(number, handler)
     shutil.rmtree(f"{tmp_path}-cache", ignore_errors=True)  # pytest removes tmp_path alone
+
+
+@pytest.fixture
+def unprivileged():
+    """A context in which permissions bind: root, whom they do not, becomes another user."""
+
+    @contextlib.contextmanager
+    def become_another_user():
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if is_root:
+                os.seteuid(0)
+
+    return become_another_user
 
 
 @pytest.fixture

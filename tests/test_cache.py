@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,27 @@ def test_the_users_cache_folder_is_used_where_the_data_folder_cannot_be_written(
     assert isinstance(splits.val, DecodedFiles)
     forbid_reading(monkeypatch)
     cached(root)
+
+
+def test_another_users_private_cache_is_not_opened(unprivileged, monkeypatch):
+    with tempfile.TemporaryDirectory() as name:  # other users may not read tmp_path
+        root = Path(name)
+        os.chmod(root, 0o755)
+        for i in range(6):
+            draw(root / "ab"[i % 2] / f"{i}.png", i)
+        (root / FOLDER).mkdir(mode=0o700)
+        with unprivileged():
+            monkeypatch.setenv("XDG_CACHE_HOME", str(root / "none"))
+            splits = cached(root)
+            assert same(images(splits), images(load(root)))
+
+
+def test_a_user_without_a_home_folder_has_a_cache_beside_the_data_only(root, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as if passwd had no such user
+    assert cache_folders(root) == [root / FOLDER]
+    assert isinstance(cached(root).val, DecodedFiles)
 
 
 def test_files_are_read_and_one_line_says_so_where_no_cache_can_be_written(root, capsys):

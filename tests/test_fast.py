@@ -218,11 +218,19 @@ def test_a_resume_that_ends_where_no_validation_was_due_validates_and_writes_wei
         patch.setattr(TrainLoop, "train_epoch", die_in_the_fourth)
         pretrain(tree, epochs=7)  # every fifth epoch is validated
     assert all("val_top1" not in row for row in rows())
+    logged = []  # by each call of a logger: the last epoch and whether it has been validated
+    monkeypatch.setattr(
+        pretrain_imagenet,
+        "TensorBoardLogger",
+        lambda folder: lambda rows: logged.append((len(rows), "val_top1" in rows[-1])),
+    )
     pretrain_imagenet.main(
         ["--data_dir", str(tree), "--resume", "checkpoints/latest.pt", "--epochs", "3"]
-        + ["--workers", "0"]
+        + ["--workers", "0", "--tensorboard"]
     )
-    assert "best.pt is missing" not in capsys.readouterr().out
+    assert logged == [(3, True)]
+    printed = capsys.readouterr().out
+    assert "best.pt is missing" not in printed and "\nEpoch 3: val_acc" in printed
     last = torch.load("checkpoints/best.pt", weights_only=True)["history"][-1]
     top1 = json.loads(Path("weights/resnet18_imagenet.json").read_text())["top1"]
     assert rows()[-1]["epoch"] == 3 and rows()[-1]["val_top1"] == last["val_top1"] == top1

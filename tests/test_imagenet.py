@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -178,21 +177,8 @@ def test_a_missing_data_dir_or_a_file_is_refused(tmp_path):
             load_imagenet(tmp_path / place)
 
 
-@contextmanager
-def unprivileged():
-    """As a user whom permissions bind; root is none."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
 @pytest.mark.parametrize("closed", ["train/a", "val", "train", "."])
-def test_missing_permissions_are_one_line(closed):
+def test_missing_permissions_are_one_line(closed, unprivileged):
     with tempfile.TemporaryDirectory() as name:  # other users may not read tmp_path
         root = Path(name)
         os.chmod(root, 0o755)

@@ -1,5 +1,10 @@
 """data/images.py: samples are functions of a key, and unreadable images are marked."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +13,8 @@ from PIL import Image
 from common.errors import UserError
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.transforms import EvalTransform, TrainTransform
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def photo(seed):
@@ -34,6 +41,26 @@ def test_names_that_are_not_utf8_are_kept(tmp_path):
         photo(0).save(file, format="PNG")
     source = ImageFiles(tmp_path, np.array([name]), np.array([0]))
     assert len(source) == 1 and source.read(0).shape == (3, 40, 50)
+
+
+def test_names_are_found_whatever_the_locale(tmp_path):
+    (tmp_path / "a").mkdir()
+    photo(0).save(tmp_path / "a" / "café.png")
+    code = (
+        "import sys; from pathlib import Path; from data.imagenet import list_tree;"
+        "source, _ = list_tree(Path(sys.argv[1]));"
+        "print(sys.getfilesystemencoding(), source.read(0).shape)"
+    )
+    environment = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split(" ", 1)[1] == "torch.Size([3, 40, 50])\n", done.stderr
+    assert not done.stdout.startswith("utf-8")
 
 
 def train_set(source, seed=1):

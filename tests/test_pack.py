@@ -98,6 +98,17 @@ def test_larger_images_are_shrunk_bicubically_and_saved_at_the_quality(tree):
     assert png.shape == (3, 36, 48)
 
 
+@pytest.mark.parametrize("size", [(70_000, 40), (80_000, 70)])  # the second would be shrunk
+def test_an_image_too_long_for_a_jpeg_is_copied_byte_for_byte(tree, size):
+    first = sorted((tree / "train").iterdir())[0]
+    Image.new("RGB", size, (1, 2, 3)).save(first / "long.png")
+    train = load_imagenet(run(tree))[0]
+    index = index_of(train, "long.png")
+    assert bytes(train._entry(index).numpy()) == (first / "long.png").read_bytes()
+    row = train.rows[index]
+    assert (row["width"], row["height"]) == size and train.read(index).shape == (3, *size[::-1])
+
+
 def test_a_pack_that_was_interrupted_starts_over_and_ends_the_same(tree, monkeypatch):
     whole = run(tree)
     files = ("train.data", "train.npy", "val.data", "val.npy", MANIFEST)

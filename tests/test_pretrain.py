@@ -530,6 +530,51 @@ def test_a_branch_needs_a_folder_of_its_own(tree):
         branch(tree, "--epochs", "2")
 
 
+@TINY
+def test_the_same_command_continues_a_branch(tree, stop_after, capsys):
+    pretrain(tree, epochs=2)
+    stop_after(step=9)
+    with pytest.raises(Preempted):
+        branch(tree, "--epochs", "3")
+    stop_after()
+    begun = saved("branch/latest.pt")
+    assert (begun.step, begun.config["branch_of"]) == (10, saved().config["run"])
+    capsys.readouterr()
+    branch(tree, "--epochs", "3")
+    assert "resuming branch/latest.pt in epoch 3, after step 10" in capsys.readouterr().out
+    assert saved("branch/latest.pt").config["run"] == begun.config["run"]
+    pretrain(tree, epochs=3, checkpoint_dir="whole")
+    assert saved("branch/latest.pt").step == saved("whole/latest.pt").step == 12
+
+
+@TINY
+def test_a_branch_that_crashes_in_its_first_step_can_be_started_again(tree, monkeypatch):
+    pretrain(tree, epochs=2)
+    with pytest.raises(UserError, match="--epochs 1 is less than the run has trained: it has fini"):
+        branch(tree, "--epochs", "1")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(TrainLoop, "train_epoch", raise_out_of_memory)
+        branch(tree, "--epochs", "3")
+    branch(tree, "--epochs", "3")
+    assert saved("branch/latest.pt").epoch == 3
+    pretrain(tree, epochs=1, checkpoint_dir="other", seed=1)
+    with pytest.raises(UserError, match="branch already contains another run than other/latest.pt"):
+        branch(tree, source="other/latest.pt")
+
+
+def raise_out_of_memory(*_):
+    raise RuntimeError("out of memory")
+
+
+@TINY
+def test_too_few_epochs_leave_a_finished_run_as_it_is(tree, capsys):
+    pretrain(tree, epochs=2)
+    with pytest.raises(UserError, match="--epochs 1 is less than the run has trained: it has fini"):
+        resume(tree, "--epochs", "1")
+    assert json.loads(Path("checkpoints/status.json").read_text())["state"] == "finished"
+    assert "writing its outputs again" not in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------ the recipe
 
 

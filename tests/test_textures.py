@@ -12,6 +12,7 @@ import pytest
 from torchvision.datasets import DTD
 
 from common.errors import UserError
+from data.splits import list_images
 from data.synthetic import write_dtd
 from data.textures import DATASETS, download_dtd, fingerprint, load_splits
 
@@ -220,6 +221,21 @@ def test_files_that_are_not_images_of_a_class_are_left_out(tmp_path):
     assert splits.classes == ["a", "b"]
     expected = [f"{c}/{i}.jpg" for c in "ab" for i in range(3)] + ["b/deep/er/X.JPeG"]
     assert sorted(all_names(splits)) == expected
+
+
+def test_an_image_with_two_ways_to_it_is_listed_once(tmp_path):
+    root = make_folder(tmp_path, {"a": 3, "b": 3})
+    (root / "b").rename(root / "a" / "scans")
+    (root / "a" / "latest").symlink_to(root / "a" / "scans")
+    (root / "a" / "link1").symlink_to(tmp_path / "store")
+    (root / "a" / "link2").symlink_to(tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "x.jpg").touch()
+    assert list_images(root, "a") == [
+        *(f"a/{i}.jpg" for i in range(3)),
+        "a/link1/x.jpg",
+        *(f"a/scans/{i}.jpg" for i in range(3)),
+    ]
 
 
 def test_folders_without_enough_classes_or_images_are_refused(tmp_path):

@@ -13,7 +13,7 @@ from common.cli import run
 from common.errors import Preempted, UserError
 from data.synthetic import write_dtd
 from models import build_model
-from training.checkpoint import load_checkpoint
+from training.checkpoint import FRESH_BEST, load_checkpoint
 from training.engine import EvalMetrics
 from training.loop import TrainLoop
 from training.recipes import FINETUNE
@@ -182,6 +182,17 @@ def test_a_damaged_best_is_one_line_that_says_what_to_do(dtd, stop_after):
     (RUN / "best.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="best.pt is damaged .*: start again with --overwrite"):
         fine_tune(dtd)
+
+
+@TINY
+def test_a_save_that_was_killed_between_its_two_files_is_completed(dtd, stop_after):
+    stop_after(step=2)
+    with pytest.raises(Preempted):
+        fine_tune(dtd)
+    stop_after()
+    (RUN / "best.pt").rename(RUN / FRESH_BEST)
+    fine_tune(dtd)
+    assert results()["epochs"] == 2 and not (RUN / FRESH_BEST).exists()
 
 
 @TINY

@@ -43,6 +43,7 @@ from data.packed import (
     remove_pack,
 )
 
+MAX_JPEG_SIDE = 65_500  # px, of libjpeg; a file of a longer image is copied byte for byte
 SAMPLE = 64  # images per split from which the size of the pack is estimated
 
 
@@ -235,10 +236,12 @@ def shrink_image(source: ImageFiles, index: int, *, short_side: int, quality: in
             is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     except OSError as error:
         return str(error)
-    is_large = min(pixels.shape[1:]) > short_side
-    if is_large:
-        pixels = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)
-    if is_large or not is_jpeg:
+    shrunk = pixels
+    if min(pixels.shape[1:]) > short_side:
+        shrunk = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)
+    is_changed = shrunk is not pixels or not is_jpeg
+    if is_changed and max(shrunk.shape[1:]) <= MAX_JPEG_SIDE:
+        pixels = shrunk
         file = io.BytesIO()
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality)
         encoded = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)

@@ -71,16 +71,19 @@ class TrainLoop:
     def fit(self, state: TrainState) -> None:
         """Train until `epochs` epochs are finished. Raises Preempted, Diverged or UserError."""
         self.start(state)
+        if state.step:  # a branch has a checkpoint of its own from now on
+            self.ensure_saved(state)
+        if state.epoch >= self.epochs and "val_top1" not in state.history[-1]:
+            self.complete_last_epoch(state)
+        self.log_history(state)
         steps = self.loader.steps(state.step, self.epochs * self.steps_per_epoch)
         while state.epoch < self.epochs:
             self.train_epoch(state, steps)
             self.end_epoch(state, self.validate(state) if self.is_validated(state) else None)
-        if "val_top1" not in state.history[-1]:
-            self.complete_last_epoch(state)
         self.finish(state)
 
     def start(self, state: TrainState) -> None:
-        """Restore this rank's loss sums, and rewrite the log from the state."""
+        """Restore this rank's loss sums, and the run's best.pt and status."""
         self.trainer.set_loss(*state.loss_sum_of(self.context.rank, self.context.world_size))
         if not self.context.is_main:
             return
@@ -92,10 +95,14 @@ class TrainLoop:
                 flush=True,
             )
             state.best_epoch = 0
-        self.run_dir.write_log(state.history)
-        for log in self.loggers:
-            log(state.history)
         self.run_dir.write_status("running")
+
+    def log_history(self, state: TrainState) -> None:
+        """Write the state's history as log.jsonl and to the loggers, on rank 0."""
+        if self.context.is_main:
+            self.run_dir.write_log(state.history)
+            for log in self.loggers:
+                log(state.history)
 
     # ------------------------------------------------------------------ an epoch
 
@@ -150,7 +157,7 @@ class TrainLoop:
         state.history[-1].update(self.validate(state).as_row("val"))
         self.save(state, best=state.update_best())
         if self.context.is_main:
-            self.run_dir.write_log(state.history)
+            print(describe_row(state.history[-1]), flush=True)
 
     def end_epoch(self, state: TrainState, metrics: EvalMetrics | None) -> None:
         """Turn the epoch's sums into a row of the log, save, and report what is unusual."""
@@ -179,10 +186,8 @@ class TrainLoop:
         self.save(state, best=is_best)
 
         # The log.
+        self.log_history(state)
         if self.context.is_main:
-            self.run_dir.write_log(state.history)
-            for log in self.loggers:
-                log(state.history)
             print(describe_row(row), flush=True)
 
     def finish(self, state: TrainState) -> None:

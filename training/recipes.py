@@ -62,7 +62,7 @@ PRETRAIN = {
         "repeats": 3,
         "crop_scale": [0.08, 1.0],
         "stochastic_depth": 0.05,
-        "test_resize": 236,
+        "test_resize": 235,  # 224 / 0.95, rounded down
     },
     # Short runs: small images first, no RandAugment and no mixing, as in the ResNet-18 of FFCV
     # (Leclerc et al. 2023, arXiv:2306.12517), whose lr is 0.5 for 1024 images, 0.125 for 256.

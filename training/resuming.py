@@ -1,6 +1,7 @@
 """What a pretraining command continues: nothing, the run in its folder, or a checkpoint elsewhere.
 
-A checkpoint that is resumed into another folder makes a branch, which is a run of its own.
+A checkpoint that is resumed into another folder makes a branch, which is a run of its own. The same
+command again continues the branch.
 """
 
 import secrets
@@ -17,6 +18,19 @@ from training.run_dir import RunDir
 def is_branch(resume: Path | None, checkpoint_dir: Path) -> bool:
     """Whether --resume names a checkpoint in another folder than the run's."""
     return resume is not None and resume.parent.resolve() != checkpoint_dir.resolve()
+
+
+def find_branch(resume: Path | None, checkpoint_dir: Path) -> Path | None:
+    """What --resume stands for: the branch in `checkpoint_dir` where it has begun already."""
+    if not (is_branch(resume, checkpoint_dir) and has_checkpoint(checkpoint_dir)):
+        return resume
+    branch = checkpoint_dir / LATEST
+    try:
+        runs = [load_checkpoint(path)[0].config for path in (resume, branch)]
+        begun = runs[0]["run"] == runs[1]["branch_of"]
+    except (UserError, KeyError, TypeError):  # another run, which prepare_checkpoint_dir refuses
+        begun = False
+    return branch if begun else resume
 
 
 def prepare_checkpoint_dir(run_dir: RunDir, resume: Path | None, *, overwrite: bool) -> None:
@@ -70,6 +84,7 @@ def load_run(
         # One rank fell back to the predecessor, or a dying run saved in between.
         raise UserError(f"the ranks have read different states of {path}: start them again")
     if is_branch(resume, checkpoint_dir):
+        state.config["branch_of"] = state.config.get("run")
         state.config["run"] = secrets.token_hex(8)
     return state, tensors, path
 
@@ -118,6 +133,6 @@ def copy_best(state: TrainState, source: Path, target: Path) -> None:
 
 
 def describe_resumed(state: TrainState, path: Path, epochs: int) -> str:
-    if state.epoch >= epochs:
+    if state.epoch == epochs:
         return f"{path} has finished its {state.epoch} epochs: writing its outputs again"
     return f"resuming {path} in epoch {state.epoch + 1}, after step {state.step}"
