@@ -13,19 +13,21 @@ Images are float32, [B, 3, H, W], normalised with ImageNet's mean and standard d
 model.forward_features(images) returns the last feature map, [B, 512, H/32, W/32].
 """
 
+import importlib as _importlib
 import os as _os
 from pathlib import Path as _Path
 
-import models as _models
+_HERE = _Path(__file__).resolve().parent
+for _name in ("common", "models"):
+    _file = getattr(_importlib.import_module(_name), "__file__", None)
+    if _Path(_file or "").resolve() != _HERE / _name / "__init__.py":
+        raise ImportError(
+            f"another module named {_name} ({_file}) is already imported and hides "
+            f"{_HERE / _name}: load this network first, or in a process of its own"
+        )
 
-_OURS = _Path(__file__).resolve().parent / "models" / "__init__.py"
-if _Path(_models.__file__ or "").resolve() != _OURS:
-    raise ImportError(
-        f"another module named models ({_models.__spec__.origin or _models.__name__}) is already "
-        f"imported and hides {_OURS.parent}: load this network first, or in a process of its own"
-    )
-
-import models.weights as _weights  # noqa: E402 (after the check that models is this one)
+import models as _models  # noqa: E402 (after the check that they are this folder's)
+import models.weights as _weights  # noqa: E402
 
 _ARGUMENTS = __doc__.split("\n\n", 2)[2]  # what follows the example above, for torch.hub.help
 dependencies = ["torch", "torchvision"]

@@ -10,7 +10,6 @@ Several run_all.py may work on one RUN_DIR at the same time; they share the runs
 
 import argparse
 import contextlib
-import io
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ from sweeps.runs import add_plan
 from sweeps.slurm import submit
 from sweeps.tables import write_tables
 from training.preemption import StopRequest
-from training.run_config import CONFIG, load_config, load_finished
+from training.run_config import CONFIG, adopt_precision, load_finished
 from training.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parent
@@ -156,8 +155,8 @@ def numbers(text: str) -> list[int]:
     found = []
     try:
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            part_range = range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            part_range = range(int(first), int(last if dash else first) + 1)
             if not part_range:
                 raise ValueError(f"{part} runs backwards")
             found += part_range
@@ -217,6 +216,7 @@ class Plan:
     finished: list[dict] = field(default_factory=list)  # results of the finished ones
     mismatched: list[str] = field(default_factory=list)  # folders with runs of other settings
     workers: int = 0  # loader workers per run, as asked for
+    amp: bool | None = None  # --amp or --no_amp, where given
 
 
 def make_plan(args, forwarded: list[str]) -> Plan:
@@ -242,7 +242,7 @@ def make_plan(args, forwarded: list[str]) -> Plan:
     # every run
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     script = str(Path(train.__file__).resolve())
-    plan = Plan(first.dataset, workers=first.workers)
+    plan = Plan(first.dataset, workers=first.workers, amp=first.amp)
     for fold in args.folds:
         for seed in args.seeds:
             for model in args.models:
@@ -250,11 +250,7 @@ def make_plan(args, forwarded: list[str]) -> Plan:
                 run_args = train.make_parser().parse_args(words)
                 run_args.overwrite = args.overwrite
                 folder = train.run_folder(run_args)
-                config = train.make_config(run_args, splits[fold], device)
-                if args.launcher == "slurm":  # the node's device decides, and train.py checks it
-                    old = load_config(folder) or {}
-                    config["precision"] = old.get("precision") or config["precision"]
-                plan.configs[folder] = config
+                plan.configs[folder] = train.make_config(run_args, splits[fold], device)
                 add_to_plan(plan, Job(folder, [sys.executable, "-u", script, *words]), args)
     return plan
 
@@ -266,13 +262,22 @@ def run_words(args, forwarded: list[str], model: str, fold: int, seed: int) -> l
 
 
 def check_weights(models: list[str], num_classes: int, pretrained: str, img_size: int) -> None:
-    """Load the weights of each model once, as a check, and say in one line what they are."""
+    """Load the weights of each model once, as a check, and say what they are."""
     for model in models:
         network = build_model(model, num_classes, img_size=img_size)
-        with contextlib.redirect_stdout(io.StringIO()):  # each run's output.log has the details
-            weights = load_pretrained(network, model, pretrained, img_size=img_size)
+        weights = load_pretrained(network, model, pretrained, img_size=img_size)
         source = "random weights" if weights["source"] == "none" else weights["source"]
         print(f"{model} starts from {source}", flush=True)
+
+
+def load_results(plan: Plan, folder: Path) -> dict | None:
+    """The results of a run if it is finished, also of one that another machine has run since.
+
+    Raises UserError where the run has other settings.
+    """
+    config = plan.configs[folder]
+    precision = adopt_precision(config["precision"], folder, plan.amp)
+    return load_finished(folder, {**config, "precision": precision})
 
 
 def add_to_plan(plan: Plan, job: Job, args) -> None:
@@ -280,7 +285,7 @@ def add_to_plan(plan: Plan, job: Job, args) -> None:
     results = None
     if not args.overwrite:
         try:
-            results = load_finished(job.folder, plan.configs[job.folder])
+            results = load_results(plan, job.folder)
         except UserError as error:
             print(f"not reused: {error}", file=sys.stderr, flush=True)
             plan.mismatched.append(job.name)
@@ -315,7 +320,7 @@ def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]
 
     def results_of(job: Job) -> dict | None:
         try:
-            return load_finished(job.folder, plan.configs[job.folder])
+            return load_results(plan, job.folder)
         except UserError as error:
             problems[job.folder] = f": {error}"
 

@@ -52,8 +52,8 @@ from training.recipes import FINETUNE
 from training.run_config import (
     CONFIG,
     RESULTS,
+    adopt_precision,
     check_same_config,
-    load_config,
     load_finished,
     run_name,
 )
@@ -299,13 +299,10 @@ def load_data(args: argparse.Namespace) -> Splits:
 
 
 def make_config(args: argparse.Namespace, splits: Splits, device: torch.device) -> dict:
-    """What this run is; two runs with the same configuration give the same results.
-
-    A run that was started on another machine keeps the default precision of that machine.
-    """
+    """What this run is; two runs with the same configuration give the same results."""
     precision = choose_precision(device, args.amp)
-    if args.amp is None and not args.overwrite:
-        precision = (load_config(run_folder(args)) or {}).get("precision") or precision
+    if not args.overwrite:
+        precision = adopt_precision(precision, run_folder(args), args.amp)
     return run_config.make_config(
         dataset=args.dataset,
         fold=args.fold,

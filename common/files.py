@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from common.errors import Busy, UserError
 
 LOCK = ".lock"
-TEMPORARY = ".{name}.tmp{process}"  # what write_atomic writes before it renames
+TEMPORARY = ".{name}.tmp{unique}"  # what write_atomic writes before it renames
 MARK_RANGE = 1 << 20  # bytes at each end of a file in which check_outputs looks for a mark
 LOCK_WAIT = 2  # seconds: a process that was just killed takes a moment to be gone
 
@@ -29,7 +30,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")
-    temporary = path.with_name(TEMPORARY.format(name=path.name, process=os.getpid()))
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -40,6 +41,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name: processes in two containers, or on two machines, can have the same number."""
+    return path.with_name(TEMPORARY.format(name=path.name, unique=secrets.token_hex(8)))
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,18 +59,18 @@ def sync_folder(folder: Path) -> None:
 
 def replace_by_link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`; a copy where the file system has no hard links."""
-    temporary = target.with_name(TEMPORARY.format(name=target.name, process=os.getpid()))
-    temporary.unlink(missing_ok=True)
+    temporary = temporary_beside(target)
     try:
         os.link(source, temporary)
     except OSError:
         return write_atomic(target, source.read_bytes())
     os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # replacing a file by itself does nothing
 
 
 def remove_temporary_files(folder: Path) -> None:
     """Delete what a killed writer left; only for the process that holds the folder's lock."""
-    for left in folder.glob(TEMPORARY.format(name="*", process="*")):
+    for left in folder.glob(TEMPORARY.format(name="*", unique="*")):
         left.unlink(missing_ok=True)
 
 

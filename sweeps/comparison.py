@@ -109,10 +109,16 @@ def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
             "over folds complete in both."
         )
     for row in rows:
+        own, base = sweep.expected(row.label), sweep.expected(baseline)
+        if own != base:
+            notes.append(
+                f"{row.label}: planned or run with other folds or seeds than {baseline}; its "
+                f"difference is over the {count(len(own & base), 'run')} that both have."
+            )
         if row.summary.left_out and not row.summary.missing:
             runs = count(row.summary.left_out, "finished run")
             notes.append(f"{row.label}: {runs} not in the mean, which is over complete {unit}.")
-    return notes + unlike_baseline(sweep, baseline) + sweep.notes
+    return notes + initial_weights(sweep) + unlike_baseline(sweep, baseline) + sweep.notes
 
 
 def tests_done(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
@@ -139,6 +145,20 @@ def tests_done(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         labels = [row.label for row in compared if row.versus.untested == reason]
         notes.append(f"{', '.join(labels)}: {reason}.")
     return notes
+
+
+def initial_weights(sweep: Sweep) -> list[str]:
+    """A note on what each row started from, and how many tensors of it were loaded."""
+    parts = []
+    for label in sweep.labels:
+        weights = next((run.results.get("weights") for run in sweep.finished(label)), None) or {}
+        if weights.get("source") == "none":
+            parts.append(f"{label} random")
+        elif weights.get("source"):
+            loaded = weights.get("tensors_loaded")
+            size = f" ({count(loaded, 'tensor')})" if loaded else ""
+            parts.append(f"{label} {weights['source']}{size}")
+    return [f"Initial weights: {'; '.join(parts)}."] if parts else []
 
 
 def unlike_baseline(sweep: Sweep, baseline: str) -> list[str]:

@@ -17,6 +17,7 @@ from common.errors import UserError
 from common.files import lock_folder, printable, write_json
 from training.run_config import (
     LOG,
+    NOT_COMPARED,
     RESULTS,
     comparable,
     config_of,
@@ -28,9 +29,9 @@ from training.run_config import (
 PLAN = "sweep.json"
 Key = tuple[int, int]  # (fold, seed)
 
-# settings that say which run it is, or where its files are: runs that differ only in these are
+# settings that say which run it is, or that change nothing: runs that differ only in these are
 # averaged (`data`, the fingerprint of the splits, differs from fold to fold)
-IDENTITY_KEYS = ("model", "fold", "seed", "data", "data_dir")
+IDENTITY_KEYS = ("model", "fold", "seed", "data", *NOT_COMPARED)
 
 
 @dataclass(frozen=True)
@@ -266,25 +267,28 @@ def label_groups(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """Label runs of one model that differ in settings, weights or data, and note the difference.
 
     The largest group keeps the model's name, the others are "name #2", "name #3", …; unfinished
-    runs stay with the largest. Data is compared within a fold, with the data of most runs.
+    runs stay with the largest. Within a fold runs must have seen the same images, and over all
+    folds images of the same number.
     """
     labelled, notes = [run for run in runs if not run.results], []
     finished = [run for run in runs if run.results]
-    usual = {fold: usual_data(finished, fold) for fold in {run.fold for run in finished}}
+    counts = Counter(filter(None, (count_images(run.results) for run in finished)))
+    usual_count = counts.most_common(1)[0][0] if counts else None
     for model in dict.fromkeys(run.model for run in finished):
         groups: dict[str, list[Run]] = {}
         for run in finished:
             if run.model == model:
-                same_data = as_text(data_of(run.results)) == usual[run.fold]
                 how = comparable(settings_of(run.results), IDENTITY_KEYS)
-                groups.setdefault(as_text([how, same_data]), []).append(run)
+                data = [count_images(run.results) or usual_count, variant_of_data(run, finished)]
+                groups.setdefault(as_text([how, data]), []).append(run)
         largest, *rest = sorted(groups.values(), key=len, reverse=True)
         labelled += largest
         for number, group in enumerate(rest, 2):
             label = f"{model} #{number}"
             labelled += [replace(run, label=label) for run in group]
             changes = describe_settings(group[0].results, largest[0].results)
-            if not changes or as_text(data_of(group[0].results)) != usual[group[0].fold]:
+            is_unusual = count_images(group[0].results) not in (None, usual_count)
+            if not changes or is_unusual or variant_of_data(group[0], finished):
                 changes = ", ".join(filter(None, [changes, "other images than most runs"]))
             names = some([run.folder.name for run in group])
             notes.append(f"{label} is kept apart from {model}: {changes} ({names})")
@@ -301,9 +305,16 @@ def data_of(results: dict) -> object:
     return (results.get("settings") or {}).get("data") or results.get("test_files")
 
 
-def usual_data(runs: Sequence[Run], fold: int) -> str:
-    """The data that most runs of a fold have."""
-    return Counter(as_text(data_of(r.results)) for r in runs if r.fold == fold).most_common(1)[0][0]
+def count_images(results: dict) -> int | None:
+    """Images of the whole dataset, which all folds share; None where results do not say."""
+    counts = [results.get(f"{split}_images") for split in ("train", "val", "test")]
+    return None if None in counts else sum(counts)
+
+
+def variant_of_data(run: Run, runs: Sequence[Run]) -> int:
+    """0 if the run saw the images that most runs of its fold saw, else 1, 2, …"""
+    seen = Counter(as_text(data_of(r.results)) for r in runs if r.fold == run.fold)
+    return [data for data, _ in seen.most_common()].index(as_text(data_of(run.results)))
 
 
 def describe_settings(results: dict, other: dict, ignore: Sequence[str] = ()) -> str:

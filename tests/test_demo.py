@@ -30,3 +30,10 @@ def test_results_are_the_pretraining_accuracy_and_the_mean_over_folds(capsys):
         ["twistnet18", "92.5", "%", "75.5", "%"],
         ["chance", "12.5", "%", "12.5", "%"],
     ]
+
+
+def test_the_demo_runs_its_scripts_in_a_folder_behind_a_link(tmp_path, capfd):
+    (tmp_path / "far" / "away" / "from").mkdir(parents=True)
+    Path("link").symlink_to(tmp_path / "far" / "away" / "from")
+    demo.run_script("train.py", "--help", folder=Path("link"))
+    assert "usage: train.py" in capfd.readouterr().out

@@ -21,6 +21,7 @@ from common.files import (
     remove_temporary_files,
     replace_by_link,
     require_free_space,
+    temporary_beside,
     unused_path,
     write_atomic,
     write_json,
@@ -63,6 +64,8 @@ def test_a_link_replaces_a_file_and_is_a_copy_where_there_are_no_links(monkeypat
     target.write_bytes(b"old")
     replace_by_link(source, target)
     assert source.samefile(target)
+    replace_by_link(source, target)  # by itself
+    assert sorted(os.listdir()) == ["source", "target"]
 
     def no_links(*args):
         raise OSError(errno.EPERM, "no links here")
@@ -76,7 +79,9 @@ def test_a_link_replaces_a_file_and_is_a_copy_where_there_are_no_links(monkeypat
 
 def test_temporary_files_of_a_killed_writer_are_removed_and_nothing_else():
     kept = [".lock", "x.json", "x.tmp"]
-    for name in [*kept, ".x.json.tmp123", ".latest.pt.tmp9"]:
+    temporary = temporary_beside(Path("x.json"))
+    assert temporary != temporary_beside(Path("x.json"))  # also of two processes of one number
+    for name in [*kept, ".x.json.tmp123", ".latest.pt.tmp9", temporary]:
         Path(name).touch()
     remove_temporary_files(Path())
     assert sorted(os.listdir()) == sorted(kept)

@@ -95,13 +95,14 @@ def test_missing_files_and_classifiers_are_one_line_errors():
     assert load("resnet18", pretrained="headless.pt", num_classes=3).fc.out_features == 3
 
 
-def test_another_package_named_models_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "models.py").write_text("")
+@pytest.mark.parametrize("name", ["models", "common"])
+def test_another_package_of_the_same_name_is_an_error_that_names_it(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text("")
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            f"import models, torch; torch.hub.load({str(ROOT)!r}, 'resnet18', source='local')",
+            f"import {name}, torch; torch.hub.load({str(ROOT)!r}, 'resnet18', source='local')",
         ],
         cwd=tmp_path,
         capture_output=True,
@@ -109,4 +110,4 @@ def test_another_package_named_models_is_an_error_that_names_it(tmp_path):
     )
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError") and "process of its own" in last
-    assert str(tmp_path / "models.py") in last
+    assert str(tmp_path / f"{name}.py") in last

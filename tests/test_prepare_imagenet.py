@@ -21,6 +21,8 @@ from common import files
 from common.errors import Busy, UserError
 from common.files import lock_folder
 from data.imagenet import load_imagenet
+from data.synthetic import write_imagenet_tree
+from tools import pack
 from tools.prepare_imagenet.__main__ import main, parse_args
 from tools.prepare_imagenet.labels import read_val_labels
 from tools.prepare_imagenet.verify import describe_missing
@@ -714,6 +716,28 @@ def test_verify_lists_broken_images(capsys):
     shutil.rmtree("out/val/n02100735")
     assert verify() == 1
     assert "it lacks 1 (n02100735)" in capsys.readouterr().out
+
+
+def test_verify_refuses_a_pack():
+    write_imagenet_tree(
+        Path("tree"), train_per_class=2, val_per_class=1, size=32, seed=0, num_classes=2
+    )
+    pack.main(["--data_dir", "tree", "--out", "out", "--workers", "0"])
+    with pytest.raises(UserError, match="--out out is packed: tools.pack checks it"):
+        verify()
+
+
+def test_archives_are_extracted_by_a_python_without_filters(monkeypatch):
+    write_train_tar()
+    write_flat_val("src/val")
+    write_valprep("src/val/valprep.sh")
+    extract = tarfile.TarFile.extract
+    monkeypatch.delattr(tarfile, "data_filter")
+    monkeypatch.setattr(
+        tarfile.TarFile, "extract", lambda self, member, path: extract(self, member, path)
+    )
+    prepare()
+    assert contents() == expected()
 
 
 def test_verify_reports_unfinished_class_folders(capsys):

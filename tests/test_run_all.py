@@ -18,6 +18,7 @@ import torch
 import run_all
 import train
 from common.cli import run
+from common.errors import UserError
 from common.files import is_locked
 from common.processes import STOP_SIGNALS
 from data.synthetic import write_dtd
@@ -181,7 +182,41 @@ def test_dry_run_prints_commands_only_whatever_the_checks_print(data, tmp_path, 
     for line, fold in zip(out.getvalue().splitlines(), "12", strict=True):
         assert shlex.split(line)[2].endswith("train.py") and f"--fold {fold}" in line
     assert "resnet18 starts from weights/resnet18_imagenet.pt" in err.getvalue()
-    assert "downloading" in err.getvalue() and "[Auto-detected]" not in err.getvalue()
+    assert "downloading" in err.getvalue()
+    assert "[Auto-detected] Found ResNet-18 weights: weights/resnet18" in err.getvalue()
+
+
+def set_precision(folder: Path, precision: str) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    results["settings"]["precision"] = precision
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+def test_a_run_that_a_machine_of_another_precision_has_finished_is_done(swept):
+    plan = run_all.make_plan(*run_all.parse_args(flags("my runs", "--no_amp")))
+    config = plan.configs[Path("my runs", ONE)]
+    assert (config["precision"], plan.amp, len(plan.finished)) == ("fp32", False, 1)
+    set_precision(swept / ONE, "bf16")  # by another run_all.py, after this one was planned
+    try:
+        with pytest.raises(UserError, match="precision bf16 → fp32"):
+            run_all.load_results(plan, Path("my runs", ONE))
+        plan.amp = None
+        assert run_all.load_results(plan, Path("my runs", ONE))["fold"] == 1
+    finally:
+        set_precision(swept / ONE, "fp32")
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"])
+def test_a_finished_run_of_another_precision_is_no_answer_to_no_amp(swept, launcher, capsys):
+    set_precision(swept / ONE, "bf16")
+    try:
+        words = flags("my runs", "--dry_run", "--launcher", launcher)
+        assert call(*words) == call(*words, "--amp") == 0
+        assert "not reused" not in capsys.readouterr().err
+        call(*words, "--no_amp")
+        assert "(precision bf16 → fp32)" in capsys.readouterr().err
+    finally:
+        set_precision(swept / ONE, "fp32")
 
 
 def test_overwrite_runs_again_and_keeps_the_old_run(swept, capsys):
@@ -281,6 +316,7 @@ def test_a_submitted_sweep_says_how_to_continue_and_how_to_collect(
     [
         (["--folds", "1-3"], ["fold 3"]),
         (["--folds", "3-1"], ["3-1"]),
+        (["--folds", "1-"], ["1-"]),
         (["--seeds", "1,1"], ["1,1"]),
         (["--models", "resnet18,resnet50"], ["resnet50", "twistnet18_no_ais"]),
         (["--fold", "1"], ["--fold is a flag of train.py", "--folds"]),

@@ -55,6 +55,7 @@ def test_differences_are_named_and_paths_do_not_count():
     old = config()
     moved = config(data_dir=Path("elsewhere"), weights={"source": "other.pt", "sha256": "12"})
     assert find_differences(old, moved) == {}
+    assert not find_differences(config(dataset="folder"), config(dataset="folder", num_folds=5))
     new = config(epochs=10, weights={"source": "w.pt", "sha256": "34"})
     assert find_differences(old, new) == {"epochs": (100, 10), "weights": ("12", "34")}
     assert describe_differences(old, new) == "epochs 100 → 10; weights 12 → 34"

@@ -69,7 +69,7 @@ def test_write_tables_writes_every_format(tmp_path):
     tex = (tmp_path / "table.tex").read_text(encoding="utf-8")
     assert r"\textbf{64.00 $\pm$ 2.00 (3 folds $\times$ 1 seed)}" in tex and r"\toprule" in tex
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == 1 + 6
-    assert not list(tmp_path.glob("*.partial"))
+    assert not [path for path in tmp_path.iterdir() if ".tmp" in path.name]
 
 
 def test_missing_runs_are_marked_and_their_fold_is_not_averaged(tmp_path):
@@ -191,6 +191,44 @@ def test_runs_that_differ_only_in_their_paths_are_averaged(tmp_path):
         place = {"data_dir": f"/d{fold}", "data": f"fold {fold}"}
         write_run(tmp_path, "resnet18", fold, 42, 60.0, **place)
     assert list(rows_of(tmp_path)[0]) == ["resnet18"]
+
+
+def test_folds_of_a_dataset_that_has_grown_are_kept_apart(tmp_path):
+    for fold in range(1, 6):
+        folder = write_run(tmp_path, "resnet18", fold, 42, 60.0, data=f"fold {fold}")
+        results = json.loads((folder / "results.json").read_text())
+        results["val_images"] = 100 if fold < 4 else 400
+        (folder / "results.json").write_text(json.dumps(results))
+    rows, notes = rows_of(tmp_path)
+    assert list(rows) == ["resnet18", "resnet18 #2"]
+    assert any("resnet18 #2 is kept apart from resnet18: other images" in note for note in notes)
+
+
+def test_two_other_datasets_in_one_fold_are_two_rows(tmp_path):
+    for seed, data in enumerate(["usual", "usual", "second", "third"]):
+        write_run(tmp_path, "resnet18", 1, seed, 60.0 + seed, data=data)
+    assert list(rows_of(tmp_path)[0]) == ["resnet18", "resnet18 #2", "resnet18 #3"]
+
+
+def test_the_initial_weights_of_each_row_are_named(tmp_path):
+    write_pair(tmp_path)
+    assert (
+        "Initial weights: resnet18 w.pt (120 tensors); twistnet18 w.pt (120 tensors)."
+        in (rows_of(tmp_path)[1])
+    )
+
+
+def test_a_difference_over_some_of_the_seeds_says_so(tmp_path):
+    for seed in (42, 43):
+        write_run(tmp_path, "resnet18", 1, seed, 60.0)
+    write_run(tmp_path, "twistnet18", 1, 43, 61.0)
+    assert not [note for note in rows_of(tmp_path)[1] if "other folds or seeds" in note]  # missing
+    for model, seeds in (("resnet18", [42, 43]), ("twistnet18", [43, 44])):
+        add_plan(tmp_path, dataset="dtd", models=[model], folds=[1], seeds=seeds)
+    assert (
+        "twistnet18: planned or run with other folds or seeds than resnet18; its difference is "
+        "over the 1 run that both have." in rows_of(tmp_path)[1]
+    )
 
 
 def test_a_fold_of_other_images_is_kept_apart(tmp_path):

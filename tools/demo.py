@@ -84,7 +84,7 @@ def sweep_flags() -> str:
 
 def run_script(name: str, flags: str, *, folder: Path) -> None:
     """Print a script's command as one would type it in `folder`, and run it there."""
-    script = os.path.relpath(ROOT / name, folder)
+    script = os.path.relpath(ROOT / name, folder.resolve())  # `folder` may be behind a link
     words = [script, *flags.split()]
     print(f"\n$ cd {folder} && {shlex.join(['python', *words])}", flush=True)
     env = {**os.environ, "TWISTNET_LAUNCHER": str(os.getpid())}  # it ends when this process does

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import read_json
 
 CONFIG, RESULTS, LOG = "config.json", "results.json", "log.jsonl"
+NOT_COMPARED = ("data_dir", "num_folds")  # settings that do not change what a run computes
 RUN_NAME = re.compile(r"(?P<dataset>.+)_fold(?P<fold>\d+)_(?P<model>.+)_seed(?P<seed>-?\d+)")
 
 
@@ -54,7 +55,7 @@ def make_config(
     """The configuration of a run, as config.json stores it.
 
     Args:
-        num_folds: number of reshuffles; it defines the splits of `--dataset folder` only.
+        num_folds: number of folds of `--dataset folder`; the splits do not depend on it.
         recipe: what no flag changes (weight decay, augmentation, …).
         data: fingerprint of the class names, files and labels of the three splits.
         weights: {"source", "sha256"} of the initial weights.
@@ -87,12 +88,23 @@ def load_config(folder: Path) -> dict | None:
     return config_of(results) if results else read_json(folder / CONFIG)
 
 
+def adopt_precision(precision: str, folder: Path, amp: bool | None) -> str:
+    """The precision of the run in `folder`, where there is one that --amp or --no_amp allow.
+
+    A run keeps the precision of the machine that started it. `precision` is this machine's; `amp`
+    is None where neither flag was given.
+    """
+    old = (load_config(folder) or {}).get("precision")
+    is_allowed = old and (amp is None or amp == (old != "fp32"))
+    return old if is_allowed else precision
+
+
 def config_of(results: dict) -> dict:
     """The configuration in a results.json, which stores the weights beside the settings."""
     return {**(results.get("settings") or {}), "weights": results.get("weights")}
 
 
-def comparable(config: dict, ignore: Collection[str] = ("data_dir",)) -> dict:
+def comparable(config: dict, ignore: Collection[str] = NOT_COMPARED) -> dict:
     """A configuration without what does not count, and with its weights by their contents."""
     weights = config.get("weights") or {}
     config = {**config, "weights": weights.get("sha256") or weights.get("source")}
@@ -100,7 +112,7 @@ def comparable(config: dict, ignore: Collection[str] = ("data_dir",)) -> dict:
 
 
 def find_differences(
-    old: dict, new: dict, ignore: Collection[str] = ("data_dir",)
+    old: dict, new: dict, ignore: Collection[str] = NOT_COMPARED
 ) -> dict[str, tuple]:
     """What two configurations differ in: name → (old value, new value)."""
     old, new = comparable(old, ignore), comparable(new, ignore)

@@ -74,8 +74,10 @@ class TarClass:
     def write(self, folder: Path, copy: bool) -> int:
         """Extract the images into `folder`; returns their number. Raises UserError as `sizes`."""
         with self._open() as (archive, members):
+            # Python before 3.10.12 and 3.11.4 has no filters. The members' names are checked.
+            options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
             for member in members:
-                archive.extract(member, folder, filter="data")
+                archive.extract(member, folder, **options)
             return len(members)
 
     @contextmanager

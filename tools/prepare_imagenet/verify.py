@@ -29,6 +29,8 @@ def verify(out: Path, workers: int) -> bool:
     except UserError as error:
         problems.append(f"{error}; images not opened")
     else:
+        if not isinstance(train, ImageFiles):
+            raise UserError(f"--out {out} is packed: tools.pack checks it, with the same --out")
         problems += describe_missing(train, val, classes)
         chunks = [
             ImageFiles(images.root, files, np.zeros(len(files), dtype=np.int64))
