@@ -1,6 +1,7 @@
 """Decoding: any image file that Pillow opens becomes uint8 RGB, or an error that names the file."""
 
 import contextlib
+import errno
 import functools
 import io
 import warnings
@@ -24,12 +25,23 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # 179 million; larger f
 
 
 def read_rgb(path: Path) -> torch.Tensor:
-    """Decode an image file into RGB, uint8, 3 × H × W. Raises OSError naming the file and why."""
+    """Decode an image file into RGB, uint8, 3 × H × W. Raises OSError naming the file and why.
+
+    Where the process has too many open files, which is no fault of the file, the system's own error
+    is raised; see raise_if_too_many_files.
+    """
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
+        raise_if_too_many_files(error)
         raise OSError(f"{printable(path)} cannot be read as an image ({error})") from error
     return decode_rgb(torch.from_numpy(data), path)
+
+
+def raise_if_too_many_files(error: OSError) -> None:
+    """Raise `error` again if it says nothing about the file that was to be read."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        raise error
 
 
 def decode_rgb(data: torch.Tensor, name: str | Path) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 
 from common.errors import UserError
 from common.files import printable
-from data.decoding import check_header, read_rgb
+from data.decoding import check_header, raise_if_too_many_files, read_rgb
 from data.sampling import seeded
 
 DECODED_AT_ONCE = 16  # images, before they are augmented; see TrainSet.__getitems__
@@ -119,14 +119,15 @@ class TrainSet(Dataset):
     def _read(self, index: int) -> tuple[torch.Tensor, int]:
         try:
             return self.source.read(index), 0
-        except OSError:
+        except OSError as error:
+            raise_if_too_many_files(error)
             same_class = np.flatnonzero(self.source.labels == self.source.labels[index])
         # The next images of the class, cyclically: the same replacement in every epoch and run.
         for other in np.roll(same_class, -1 - int(np.searchsorted(same_class, index)))[:-1]:
             try:
                 return self.source.read(int(other)), 1
-            except OSError:
-                continue
+            except OSError as error:
+                raise_if_too_many_files(error)
         return _unread(), 2
 
 
@@ -142,7 +143,8 @@ class EvalSet(Dataset):
     def __getitem__(self, index: int) -> Sample:
         try:
             image, broken = self.source.read(index), 0
-        except OSError:
+        except OSError as error:
+            raise_if_too_many_files(error)
             image, broken = _unread(), 2
         return Sample(
             self.transform(image),

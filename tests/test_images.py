@@ -1,5 +1,6 @@
 """data/images.py: samples are functions of a key, and unreadable images are marked."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -41,6 +42,19 @@ def test_names_that_are_not_utf8_are_kept(tmp_path):
         photo(0).save(file, format="PNG")
     source = ImageFiles(tmp_path, np.array([name]), np.array([0]))
     assert len(source) == 1 and source.read(0).shape == (3, 40, 50)
+
+
+def test_too_many_open_files_are_not_taken_for_an_unreadable_image(tmp_path, monkeypatch):
+    source = write_listing(tmp_path, 4)
+    test_set = EvalSet(source, EvalTransform(16))
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "1.jpg")
+
+    monkeypatch.setattr(np, "fromfile", fail)
+    for dataset, key in ((train_set(source), (0, 1)), (test_set, 1)):
+        with pytest.raises(OSError, match="Too many open files"):
+            dataset[key]
 
 
 def test_names_are_found_whatever_the_locale(tmp_path):
