@@ -45,7 +45,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 def temporary_beside(path: Path) -> Path:
     """A new name: processes in two containers, or on two machines, can have the same number."""
-    return path.with_name(TEMPORARY.format(name=path.name, unique=secrets.token_hex(8)))
+    return path.with_name(TEMPORARY.format(name=path.name, unique=secrets.token_hex(4)))
 
 
 def sync_folder(folder: Path) -> None:

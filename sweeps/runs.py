@@ -306,7 +306,12 @@ def data_of(results: dict) -> object:
 
 
 def count_images(results: dict) -> int | None:
-    """Images of the whole dataset, which all folds share; None where results do not say."""
+    """Images of the whole dataset, which all folds share; None where results do not say.
+
+    None for DTD, too, whose folds are lists of any length.
+    """
+    if results.get("dataset") == "dtd":
+        return None
     counts = [results.get(f"{split}_images") for split in ("train", "val", "test")]
     return None if None in counts else sum(counts)
 
