@@ -329,7 +329,7 @@ def load_state(folder: Path, config: dict) -> tuple[TrainState | None, dict | No
     check_same_config(folder, state.config, config)
     if warning:
         print(warning, flush=True)
-    if not recover_best(folder, state) and not (folder / BEST).exists():
+    if not (folder / BEST).exists() and not recover_best(folder, state):
         raise UserError(
             f"{folder / BEST}, the checkpoint of the best epoch {state.best_epoch}, is missing: "
             "start again with --overwrite"

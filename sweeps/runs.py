@@ -274,21 +274,25 @@ def label_groups(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     finished = [run for run in runs if run.results]
     counts = Counter(filter(None, (count_images(run.results) for run in finished)))
     usual_count = counts.most_common(1)[0][0] if counts else None
+    variants = {fold: rank_data(finished, fold) for fold in {run.fold for run in finished}}
+
+    def images_of(run: Run) -> list:
+        variant = variants[run.fold].index(as_text(data_of(run.results)))
+        return [count_images(run.results) or usual_count, variant]
+
     for model in dict.fromkeys(run.model for run in finished):
         groups: dict[str, list[Run]] = {}
         for run in finished:
             if run.model == model:
                 how = comparable(settings_of(run.results), IDENTITY_KEYS)
-                data = [count_images(run.results) or usual_count, variant_of_data(run, finished)]
-                groups.setdefault(as_text([how, data]), []).append(run)
+                groups.setdefault(as_text([how, images_of(run)]), []).append(run)
         largest, *rest = sorted(groups.values(), key=len, reverse=True)
         labelled += largest
         for number, group in enumerate(rest, 2):
             label = f"{model} #{number}"
             labelled += [replace(run, label=label) for run in group]
             changes = describe_settings(group[0].results, largest[0].results)
-            is_unusual = count_images(group[0].results) not in (None, usual_count)
-            if not changes or is_unusual or variant_of_data(group[0], finished):
+            if not changes or images_of(group[0]) != [usual_count, 0]:
                 changes = ", ".join(filter(None, [changes, "other images than most runs"]))
             names = some([run.folder.name for run in group])
             notes.append(f"{label} is kept apart from {model}: {changes} ({names})")
@@ -316,10 +320,10 @@ def count_images(results: dict) -> int | None:
     return None if None in counts else sum(counts)
 
 
-def variant_of_data(run: Run, runs: Sequence[Run]) -> int:
-    """0 if the run saw the images that most runs of its fold saw, else 1, 2, …"""
-    seen = Counter(as_text(data_of(r.results)) for r in runs if r.fold == run.fold)
-    return [data for data, _ in seen.most_common()].index(as_text(data_of(run.results)))
+def rank_data(runs: Sequence[Run], fold: int) -> list[str]:
+    """What the runs of a fold saw, the data of most runs first."""
+    seen = Counter(as_text(data_of(run.results)) for run in runs if run.fold == fold)
+    return [data for data, _ in seen.most_common()]
 
 
 def describe_settings(results: dict, other: dict, ignore: Sequence[str] = ()) -> str:
