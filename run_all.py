@@ -36,7 +36,7 @@ from sweeps.launching import (
     make_slots,
 )
 from sweeps.runs import add_plan
-from sweeps.slurm import submit
+from sweeps.slurm import MAX_PARALLEL, submit
 from sweeps.tables import write_tables
 from training.preemption import StopRequest
 from training.run_config import CONFIG, adopt_precision, load_finished
@@ -134,7 +134,7 @@ def make_parser() -> Parser:
         "--max_parallel",
         type=at_least(1),
         metavar="N",
-        help="most runs at the same time (default: as many as the cluster starts)",
+        help=f"largest number of runs at the same time (default: {MAX_PARALLEL})",
     )
     return parser
 

@@ -84,7 +84,7 @@ def submit(
         logs: folder of Slurm's and submitit's own files.
         minutes: time limit of a task, after which it is queued again.
         gpus, cpus: what each task gets, on one machine.
-        max_parallel: largest number of tasks at a time; None for as many as Slurm starts.
+        max_parallel: largest number of tasks at a time; None for MAX_PARALLEL.
 
     Raises UserError if submitit or Slurm is not installed, or if Slurm refuses.
     """

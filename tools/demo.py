@@ -33,7 +33,7 @@ def main() -> None:
         type=Path,
         default=ROOT / "runs" / "demo",
         metavar="DIR",
-        help="folder for everything that the demo writes (default: runs/demo)",
+        help="folder for everything that the demo writes",
     )
     out = parser.parse_args().out
     check_output_folder(out, flag="--out", made_by_tool=[LOCK])

@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None):
     data.add_argument(
         "--split",
         choices=["test", "val"],
-        help="(default: test; imagenet has only val)",
+        help="split to evaluate (default: test; imagenet has only val)",
     )
     data.add_argument(
         "--workers",
