@@ -32,7 +32,6 @@ from models.fitting import head_of
 from models.macs import count_macs
 from models.twistnet import read_gates
 from models.weights import load_pretrained, weights_identity
-from training import run_config
 from training.checkpoint import (
     BEST,
     LATEST,
@@ -303,22 +302,17 @@ def make_config(args: argparse.Namespace, splits: Splits, device: torch.device) 
     precision = choose_precision(device, args.amp)
     if not args.overwrite:
         precision = adopt_precision(precision, run_folder(args), args.amp)
-    return run_config.make_config(
-        dataset=args.dataset,
-        fold=args.fold,
-        num_folds=args.num_folds,
-        seed=args.seed,
-        model=args.model,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        img_size=args.img_size,
-        precision=precision,
-        recipe={name: value for name, value in FINETUNE.items() if name != "lr"},
-        data=fingerprint(splits),
-        weights=weights_identity(args.model, args.pretrained),
-        data_dir=args.data_dir,
-    )
+    names = ["dataset", "fold", "seed", "model", "epochs", "batch_size", "lr", "img_size"]
+    if args.dataset == "folder":
+        names.append("num_folds")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "precision": precision,
+        **{name: value for name, value in FINETUNE.items() if name != "lr"},
+        "data": fingerprint(splits),
+        "weights": weights_identity(args.model, args.pretrained),
+        "data_dir": str(args.data_dir.resolve()),
+    }
 
 
 def load_state(folder: Path, config: dict) -> tuple[TrainState | None, dict | None]:

@@ -1,6 +1,5 @@
 """Files: atomic writes, outputs that a user names, JSON, text, checksums, locks and free space."""
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -8,7 +7,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import Busy, UserError
@@ -220,11 +219,12 @@ def try_lock(file) -> bool:
     return True
 
 
-def open_lock(folder: Path, *, required: bool = True, wait: int = LOCK_WAIT):
+def lock_folder(folder: Path, *, required: bool = True, wait: int = LOCK_WAIT):
     """Create `folder` and lock it for this process, until the returned file is closed.
 
     Raises Busy where another process holds it for `wait` seconds and more, and UserError where it
-    cannot be written, or, if the lock is `required`, is on a file system without locks.
+    cannot be written, or, if the lock is `required`, is on a file system without locks. If it is
+    not, such a folder is used without a lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,16 +246,6 @@ def open_lock(folder: Path, *, required: bool = True, wait: int = LOCK_WAIT):
         ) from error
     file.close()
     raise Busy(f"{folder} is in use by another running process")
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path, *, required: bool = True, wait: int = LOCK_WAIT) -> Iterator[None]:
-    """Hold the lock of `folder` inside a with block; raises as open_lock does.
-
-    With `required` False, a folder on a file system without locks is used without one.
-    """
-    with open_lock(folder, required=required, wait=wait):
-        yield
 
 
 def is_locked(folder: Path) -> bool:

@@ -6,11 +6,10 @@ hashes every file's name, size and times of change, so changed files get a new c
 cached is read from its file: the pixels are the same.
 """
 
-import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import Busy, UserError
-from common.files import lock_folder, open_lock, require_free_space
+from common.files import lock_folder, require_free_space
 from data.images import ImageFiles
 from data.packed import (
     MANIFEST,
@@ -133,9 +132,10 @@ def _open_cache(place: Path) -> PackedImages | None:
 
 def _build(source: ImageFiles, place: Path, *, workers: int, stop) -> PackedImages | None:
     """Decode all of `source` into `place`, or wait for the process that does. None when stopped."""
-    with wait_for_lock(place, stop) as locked:
-        if not locked:
-            return None
+    lock = _wait_for_lock(place, stop)
+    if lock is None:
+        return None
+    with lock:
         packed = _open_cache(place)
         if packed is None:
             remove_pack(place, [SPLIT])  # it is damaged, if it exists
@@ -149,22 +149,17 @@ def _build(source: ImageFiles, place: Path, *, workers: int, stop) -> PackedImag
         return packed
 
 
-@contextlib.contextmanager
-def wait_for_lock(place: Path, stop: Callable[[], bool]) -> Iterator[bool]:
-    """Hold the lock of `place`; the value is False, and it is not held, when asked to stop."""
-    lock, said = None, False
-    while lock is None and not stop():
+def _wait_for_lock(place: Path, stop: Callable[[], bool]):
+    """The lock of `place`, as lock_folder returns it, or None when asked to stop."""
+    said = False
+    while not stop():
         try:
-            lock = open_lock(place)
+            return lock_folder(place)
         except Busy:  # after two seconds
             if not said:
                 print(f"waiting for the process that decodes the images into {place}", flush=True)
             said = True
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            lock.close()
+    return None
 
 
 def _decode(source: ImageFiles, place: Path, *, workers: int, stop) -> None:

@@ -2,36 +2,30 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
 from common.errors import UserError
-from models.resnet import resnet18, seresnet18, set_stochastic_depth
-from models.timm_models import PREFIX, build_timm, check_timm_name, find_config, is_timm
-from models.twistnet import (
-    twistnet18,
-    twistnet18_first_order,
-    twistnet18_no_ais,
-    twistnet18_no_spiral,
-)
+from models.resnet import ResNet, SEBasicBlock, set_stochastic_depth
+from models.timm_models import PREFIX, build_timm, find_config, is_timm
+from models.twistnet import TwistNet
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
-    "resnet18": resnet18,
-    "seresnet18": seresnet18,
-    "twistnet18": twistnet18,
-    "twistnet18_no_spiral": twistnet18_no_spiral,
-    "twistnet18_no_ais": twistnet18_no_ais,
-    "twistnet18_first_order": twistnet18_first_order,
+    "resnet18": ResNet,
+    "seresnet18": partial(ResNet, block=SEBasicBlock),
+    "twistnet18": TwistNet,
+    "twistnet18_no_spiral": partial(TwistNet, spiral=False),
+    "twistnet18_no_ais": partial(TwistNet, ais=False),
+    "twistnet18_first_order": partial(TwistNet, second_order=False),
 }
-
-
 CHOICES = f"{', '.join(MODELS)}, or {PREFIX}NAME for a network of timm (pip install timm)"
 
 
 def check_model_name(name: str) -> None:
     """Raise UserError for a name that is neither in MODELS nor timm/ and a network of timm."""
     if is_timm(name):
-        check_timm_name(name)
+        find_config(name)
     elif name not in MODELS:
         raise UserError(f"--model: there is no model {name!r}; choose from {CHOICES}")
 

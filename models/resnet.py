@@ -33,8 +33,6 @@ class Block(BasicBlock):
 class ResNet(torchvision_resnet.ResNet):
     """Four stages of two blocks; with `num_classes=0` it returns the pooled features, [B, 512]."""
 
-    num_features = 512
-
     def __init__(self, num_classes: int, block: type[nn.Module] = Block):
         super().__init__(block, [2, 2, 2, 2], num_classes=max(num_classes, 1))
         if num_classes == 0:
@@ -70,11 +68,3 @@ def set_stochastic_depth(model: nn.Module, rate: float) -> None:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for i, block in enumerate(blocks):
         block.drop_rate = rate * i / (len(blocks) - 1)
-
-
-def resnet18(num_classes: int) -> ResNet:
-    return ResNet(num_classes)
-
-
-def seresnet18(num_classes: int) -> ResNet:
-    return ResNet(num_classes, SEBasicBlock)

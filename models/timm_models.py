@@ -29,13 +29,11 @@ def import_timm(name: str) -> ModuleType:
     return import_optional("timm", purpose=f"--model {name}")
 
 
-def check_timm_name(name: str) -> None:
-    """Raise UserError unless `name` is timm/ and a classifier of timm, with or without its tag."""
-    find_config(name)
-
-
 def find_config(name: str):
-    """timm's pretrained_cfg of a network: size, statistics, classifier and published weights."""
+    """timm's pretrained_cfg of a network: size, statistics, classifier and published weights.
+
+    Raises UserError unless `name` is timm/ and a classifier of timm, with or without its tag.
+    """
     timm = import_timm(name)
     own = name.removeprefix(PREFIX)
     if timm.is_model(own):

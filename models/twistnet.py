@@ -61,22 +61,6 @@ class TwistNet(ResNet):
                 )
 
 
-def twistnet18(num_classes: int) -> TwistNet:
-    return TwistNet(num_classes)
-
-
-def twistnet18_no_spiral(num_classes: int) -> TwistNet:
-    return TwistNet(num_classes, spiral=False)
-
-
-def twistnet18_no_ais(num_classes: int) -> TwistNet:
-    return TwistNet(num_classes, ais=False)
-
-
-def twistnet18_first_order(num_classes: int) -> TwistNet:
-    return TwistNet(num_classes, second_order=False)
-
-
 def read_gates(model: nn.Module) -> dict[str, list[float]]:
     """sigmoid(gate) of each TwistBlock, as a column of the log; empty for other networks."""
     blocks = [module for module in model.modules() if isinstance(module, TwistBlock)]

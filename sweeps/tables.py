@@ -61,35 +61,23 @@ def write_table_files(sweep: Sweep, rows: Sequence[Row], baseline: str, folder: 
 
 def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table as text; columns that would be empty are left out."""
-    versus = [row.versus for row in rows if row.versus]
-    with_interval = any(each.low is not None for each in versus)
-    with_p = any(row.p_holm is not None for row in rows)
-    with_gmacs = any(row.gmacs for row in rows)  # older results do not have them
-    headers = ["Model", "Params (M)", *(["GMACs"] if with_gmacs else []), ACCURACY]
-    if len(rows) > 1:
-        headers.append("Difference [95 % CI]" if with_interval else "Difference")
-        if with_p:
-            headers.append("p (Holm)")
-        headers.append("W/T/L")
-    return headers, [
-        row_cells(row, several=len(rows) > 1, with_p=with_p, with_gmacs=with_gmacs) for row in rows
-    ]
-
-
-def row_cells(row: Row, *, several: bool, with_p: bool, with_gmacs: bool) -> list[str]:
-    """The cells of one row, as text."""
-    size = f"{row.parameters / 1e6:.2f}" if row.parameters else NONE
-    cells = [row.label, size]
-    if with_gmacs:
-        cells.append(f"{row.gmacs:.3f}" if row.gmacs else NONE)
-    cells.append(accuracy_text(row.summary))
+    versus, several = [row.versus for row in rows], len(rows) > 1
+    with_interval = any(each and each.low is not None for each in versus)
+    difference = "Difference [95 % CI]" if with_interval else "Difference"
+    columns = {
+        "Model": [row.label for row in rows],
+        "Params (M)": [f"{row.parameters / 1e6:.2f}" if row.parameters else NONE for row in rows],
+    }
+    if any(row.gmacs for row in rows):  # older results do not have them
+        columns["GMACs"] = [f"{row.gmacs:.3f}" if row.gmacs else NONE for row in rows]
+    columns[ACCURACY] = [accuracy_text(row.summary) for row in rows]
     if several:
-        versus = row.versus
-        cells.append(difference_text(versus))
-        if with_p:
-            cells.append(p_text(row.p_holm))
-        cells.append(f"{versus.wins}/{versus.ties}/{versus.losses}" if versus else NONE)
-    return cells
+        columns[difference] = [difference_text(each) for each in versus]
+    if any(row.p_holm is not None for row in rows):
+        columns["p (Holm)"] = [p_text(row.p_holm) for row in rows]
+    if several:
+        columns["W/T/L"] = [f"{v.wins}/{v.ties}/{v.losses}" if v else NONE for v in versus]
+    return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
 
 
 def accuracy_text(summary: Summary) -> str:

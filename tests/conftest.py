@@ -5,8 +5,12 @@ The tests' networks are small, and several tests run at a time.
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 from common.processes import STOP_SIGNALS
 
@@ -14,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +49,41 @@ def unprivileged():
                 os.seteuid(0)
 
     return become_another_user
+
+
+@pytest.fixture
+def locked_by_another():
+    """A context in which another process holds the lock of a folder."""
+    script = (
+        "import sys; from pathlib import Path; from common.files import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])):\n    print(flush=True); input()"
+    )
+
+    @contextlib.contextmanager
+    def hold(folder):
+        command = [sys.executable, "-c", script, os.path.abspath(folder)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, cwd=ROOT, **pipes) as other:  # the end closes its input
+            assert other.stdout.readline()
+            yield
+
+    return hold
+
+
+@pytest.fixture
+def full_disk():
+    """A context without room: no file grows beyond 1 KB (Python ignores SIGXFSZ: OSError)."""
+
+    @contextlib.contextmanager
+    def limit_files():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit_files
 
 
 @pytest.fixture

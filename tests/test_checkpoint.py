@@ -5,16 +5,12 @@ import io
 import os
 import pickle
 import random
-import resource
-import threading
 import zipfile
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 from common.errors import UserError
-from common.files import write_atomic
 from training import checkpoint
 from training.checkpoint import (
     BEST,
@@ -210,18 +206,7 @@ def test_every_flip_in_a_tensor_is_found(tmp_path):
 # ------------------------------------------------------------------ saves that fail
 
 
-@contextmanager
-def full_disk():
-    """No file may grow beyond 1 KB; Python ignores SIGXFSZ, so that writing raises OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_two_failed_saves_warn_the_third_stops_and_the_old_files_stay_intact(saved):
+def test_two_failed_saves_warn_the_third_stops_and_the_old_files_stay_intact(saved, full_disk):
     checkpointer = Checkpointer(saved)
     for _ in (1, 2):
         with full_disk():
@@ -234,7 +219,7 @@ def test_two_failed_saves_warn_the_third_stops_and_the_old_files_stay_intact(sav
     assert sorted(os.listdir(saved)) == sorted([BEST, LATEST, PREVIOUS])
 
 
-def test_a_save_that_works_resets_the_count_of_failures(saved):
+def test_a_save_that_works_resets_the_count_of_failures(saved, full_disk):
     checkpointer = Checkpointer(saved)
     for _ in range(3):
         with full_disk():
@@ -258,23 +243,7 @@ def test_a_save_that_fails_at_its_last_step_leaves_nothing_behind(saved, monkeyp
     assert step_of(saved / LATEST) == (3, None)
 
 
-def test_a_save_returns_before_its_write_ends(tmp_path, monkeypatch):
-    may_write = threading.Event()
-
-    def write_late(path, data):
-        assert may_write.wait(20)
-        write_atomic(path, data)
-
-    monkeypatch.setattr(checkpoint, "write_atomic", write_late)
-    checkpointer = Checkpointer(tmp_path)
-    assert checkpointer.save(content(1), best=True) is None
-    assert os.listdir(tmp_path) == []
-    may_write.set()
-    assert checkpointer.join() is None
-    assert step_of(tmp_path / LATEST) == step_of(tmp_path / BEST) == (1, None)
-
-
-def test_a_failed_write_is_reported_by_the_next_save_which_writes_what_it_owes(saved):
+def test_a_failed_write_is_reported_by_the_next_save_which_writes_what_it_owes(saved, full_disk):
     checkpointer = Checkpointer(saved)
     with full_disk():
         assert checkpointer.save(content(4), best=True) is None

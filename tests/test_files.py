@@ -5,8 +5,6 @@ Outputs that a user names are tested in test_outputs.py, locks over processes in
 
 import errno
 import os
-import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,18 +26,7 @@ from common.files import (
 )
 
 
-@contextmanager
-def full_disk():
-    """No file may grow beyond 1 KB; Python ignores SIGXFSZ, so that writing raises OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_write_atomic_leaves_the_old_file_when_it_fails():
+def test_write_atomic_leaves_the_old_file_when_it_fails(full_disk):
     path = Path("file")
     write_atomic(path, b"old")
     with full_disk(), pytest.raises(OSError):

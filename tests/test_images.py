@@ -36,14 +36,6 @@ def write_listing(root, count, *, classes=2, broken=()):
     return ImageFiles(root, np.array([name.encode() for name in names]), labels)
 
 
-def test_names_that_are_not_utf8_are_kept(tmp_path):
-    name = b"f\xff.png"
-    with open(bytes(tmp_path) + b"/" + name, "wb") as file:
-        photo(0).save(file, format="PNG")
-    source = ImageFiles(tmp_path, np.array([name]), np.array([0]))
-    assert len(source) == 1 and source.read(0).shape == (3, 40, 50)
-
-
 def test_too_many_open_files_are_not_taken_for_an_unreadable_image(tmp_path, monkeypatch):
     source = write_listing(tmp_path, 4)
     test_set = EvalSet(source, EvalTransform(16))

@@ -48,18 +48,6 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad.abs().max() > 0 or key.endswith("norm.bias"), key
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_a_network_without_classes_returns_the_pooled_features(name):
-    torch.manual_seed(0)
-    model = build_model(name, 0).eval()
-    images = torch.randn(2, 3, 64, 96)
-    with torch.no_grad():
-        features = model.forward_features(images)
-        assert features.shape == (2, 512, 2, 3)
-        torch.testing.assert_close(model(images), features.mean((2, 3)))
-    assert isinstance(model.fc, nn.Identity)
-
-
 def test_resnet18_gives_torchvisions_logits_bit_for_bit():
     torch.manual_seed(0)
     theirs = torchvision.models.resnet18(num_classes=1000).eval()

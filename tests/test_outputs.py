@@ -16,7 +16,6 @@ from common.files import MARK_RANGE, check_output_folder, check_outputs
 from data.synthetic import write_imagenet_tree
 from models import build_model
 from tools import demo, export, pack, predict, report
-from tools.prepare_imagenet import __main__ as prepare_imagenet
 
 MARK = b"written by this tool"
 
@@ -167,18 +166,3 @@ def test_demo_does_not_write_into_a_folder_with_other_files(monkeypatch):
     with pytest.raises(UserError, match=r"--out \. contains files .* \(data\)"):
         demo.main()
     assert list(Path("data/dtd/labels").iterdir()) == []
-
-
-def test_prepare_does_not_write_into_folders_with_other_images():
-    write_imagenet_tree("tree", train_per_class=2, val_per_class=1, size=40, seed=0, num_classes=2)
-    for split in ("train", "val"):
-        for number, name in enumerate(("banded", "blotchy")):
-            Path("tree", split, name).rename(Path("tree", split, f"n0000000{number}"))
-    own = Path("out/train/n00000000/mine.jpg")
-    own.parent.mkdir(parents=True)
-    own.write_bytes(b"mine")
-    with pytest.raises(UserError, match="out/train/n00000000"):
-        prepare_imagenet.main(["--source", "tree", "--out", "out", "--workers", "1"])
-    with pytest.raises(UserError, match="--out tree would change the downloads"):
-        prepare_imagenet.main(["--source", "tree", "--out", "tree", "--workers", "1"])
-    assert own.read_bytes() == b"mine" and len(list(own.parent.iterdir())) == 1

@@ -2,9 +2,6 @@
 
 import io
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +16,6 @@ from data.imagenet import load_imagenet
 from data.packed import MANIFEST
 from data.synthetic import write_imagenet_tree
 from tools import pack as tool
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -41,19 +36,8 @@ def tree(tmp_path):
 
 def run(tree, *flags, workers=0):
     out = tree.parent / "packed"
-    tool.main(
-        [
-            "--data-dir",
-            str(tree),
-            "--out",
-            str(out),
-            "--short_side",
-            "64",
-            "--workers",
-            str(workers),
-            *flags,
-        ]
-    )
+    words = ["--data-dir", str(tree), "--out", str(out), "--short_side", "64"]
+    tool.main([*words, "--workers", str(workers), *flags])
     return out
 
 
@@ -218,17 +202,9 @@ def test_impossible_flags_are_refused_in_one_line(tree):
         run(tree, "--quality", "100")
 
 
-def test_two_processes_do_not_pack_into_one_folder(tree):
-    script = (
-        "from pathlib import Path; from common.files import lock_folder\n"
-        "with lock_folder(Path(input())):\n  print('locked', flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        other.stdin.write(f"{tree.parent / 'packed'}\n".encode())
-        other.stdin.flush()
-        assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(Busy, match="packed is in use by another running process"):
-            run(tree)
-        other.stdin.close()
+def test_two_processes_do_not_pack_into_one_folder(tree, locked_by_another):
+    with (
+        locked_by_another(tree.parent / "packed"),
+        pytest.raises(Busy, match="packed is in use by another running process"),
+    ):
+        run(tree)

@@ -143,14 +143,6 @@ def test_wrong_input_is_a_one_line_error(checkpoint, words, told):
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_or_missing_weights_file_is_a_one_line_error():
-    write_image(Path("one.png"), 1)
-    Path("x.pt").write_bytes(b"x")
-    for file in ("x.pt", "none.pt"):
-        with pytest.raises(UserError, match=file):
-            call("one.png", "--weights", file)
-
-
 def test_files_ignored_by_their_names_are_counted_by_suffix(checkpoint, capsys):
     write_image(Path("in/deep/good.png"), 1)
     for name in ("a.gif", "deep/b.GIF", "c.heic", "deep/README", ".hidden.gif"):

@@ -41,12 +41,6 @@ TRAIN = {wnid: [f"{wnid}_{i}.JPEG" for i in range(TRAIN_PER_CLASS)] for wnid in 
 LABELS = {name: wnid for wnid, names in VAL.items() for name in names}
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def image(name: str) -> bytes:
     """A small JPEG whose pixels depend on its name."""
     seed = int.from_bytes(hashlib.md5(name.encode()).digest()[:4], "big")
@@ -147,18 +141,8 @@ def write_devkit_tar() -> Path:
 
 
 def prepare(*flags: str, checksum: bool = False) -> None:
-    main(
-        [
-            "--source",
-            "src",
-            "--out",
-            "out",
-            "--workers",
-            "2",
-            *([] if checksum else ["--no_checksum"]),
-            *flags,
-        ]
-    )
+    words = "--source src --out out --workers 2" + ("" if checksum else " --no_checksum")
+    main([*words.split(), *flags])
 
 
 def verify() -> int:
@@ -223,7 +207,7 @@ def test_class_tars_are_preferred_to_half_unpacked_folders():
     assert contents() == expected()
 
 
-def test_the_layout_of_kaggle_becomes_a_tree(folder):
+def test_the_layout_of_kaggle_becomes_a_tree():
     write_train_folder("src/ILSVRC/Data/CLS-LOC/train")
     write_flat_val("src/ILSVRC/Data/CLS-LOC/val")
     with open("src/LOC_val_solution.csv", "w", newline="") as file:
@@ -504,27 +488,11 @@ def test_folders_that_only_look_finished_are_named_and_kept(harm):
     assert contents() == expected()
 
 
-HOLD_LOCK = """
-from pathlib import Path
-from common import files
-from common.files import lock_folder
-with lock_folder(Path(input())):
-    print("locked", flush=True)
-    input()
-"""
-
-
-def test_two_runs_do_not_write_one_tree():
+def test_two_runs_do_not_write_one_tree(locked_by_another):
     write_tree()
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD_LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO
-    ) as other:
-        other.stdin.write(f"{Path('out').resolve()}\n".encode())
-        other.stdin.flush()
-        assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(Busy, match="out is in use by another running process"):
-            prepare()
-        other.stdin.close()
+    told = "out is in use by another running process"
+    with locked_by_another("out"), pytest.raises(Busy, match=told):
+        prepare()
     prepare()
 
 

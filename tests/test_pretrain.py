@@ -126,19 +126,6 @@ def test_the_log_has_one_row_per_epoch_with_the_rate_used(tree):
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[0]["lr"] == 1.0
     assert lines[1]["lr"] == pytest.approx(0.1464466)  # (1 + cos(3/4 π)) / 2
-    assert lines[0].keys() == {
-        "epoch",
-        "lr",
-        "train_loss",
-        "val_loss",
-        "val_top1",
-        "val_top5",
-        "grad_norm",
-        "grad_norm_max",
-        "images_per_s",
-        "data_wait",
-        "seconds",
-    }
 
 
 def test_the_final_weights_are_the_last_epochs_and_load_as_torchvisions(tree):
@@ -712,22 +699,9 @@ def test_bad_input_is_one_line_and_exit_2(flags, message, capsys):
 
 
 def test_a_signalled_process_saves_and_leaves_with_75(tree):
-    command = [
-        sys.executable,
-        ROOT / "pretrain_imagenet.py",
-        "--data_dir",
-        tree,
-        "--model",
-        "resnet18",
-        "--img_size",
-        "32",
-        "--batch_size",
-        "4",
-        "--epochs",
-        "500",
-        "--workers",
-        "1",
-    ]
+    flags = "--model resnet18 --img_size 32 --batch_size 4 --epochs 500 --workers 1"
+    script = ROOT / "pretrain_imagenet.py"
+    command = [sys.executable, script, "--data_dir", tree, *flags.split()]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     wait_for_first_epoch(process)
     other = subprocess.run(command, capture_output=True, text=True)  # while the first one runs

@@ -1,12 +1,11 @@
 """common/processes.py: CPUs per rank, integers of the environment, and signals."""
 
 import os
-import signal
 
 import pytest
 
 from common.errors import UserError
-from common.processes import STOP_SIGNALS, ignore_stop_signals, read_integer, usable_cpus
+from common.processes import read_integer, usable_cpus
 
 
 @pytest.mark.parametrize(
@@ -36,10 +35,3 @@ def test_a_variable_that_is_not_a_number_is_one_line(monkeypatch, value):
     assert read_integer("LOCAL_WORLD_SIZE", 3) == 12
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert read_integer("LOCAL_WORLD_SIZE", 3) == 3
-
-
-def test_a_loader_worker_ignores_all_stop_signals():
-    ignore_stop_signals()
-    assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1} <= set(STOP_SIGNALS)
-    for number in STOP_SIGNALS:
-        os.kill(os.getpid(), number)

@@ -8,17 +8,8 @@ from data import randaugment
 from data.randaugment import OPS, RandAugment
 from data.sampling import seeded
 
-SIGNED = {
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-    "Brightness",
-    "Color",
-    "Contrast",
-    "Sharpness",
-}
+MOVES, LEVELS = "ShearX ShearY TranslateX TranslateY Rotate", "Brightness Color Contrast Sharpness"
+SIGNED = {*MOVES.split(), *LEVELS.split()}
 
 
 def images(count, height=20, width=24, seed=0):

@@ -224,18 +224,8 @@ def pretrain(timm, tmp_path, monkeypatch):
     return run
 
 
-NEW = [
-    "--recipe",
-    "a1",
-    "--model",
-    "resnet18",
-    "--img_size",
-    "32",
-    "--batch_size",
-    "4",
-    "--epochs",
-    "2",
-]
+FLAGS_OF_A_NEW_RUN = "--recipe a1 --model resnet18 --img_size 32 --batch_size 4 --epochs 2"
+NEW = FLAGS_OF_A_NEW_RUN.split()
 RESUME = ["--resume", "checkpoints/latest.pt"]
 
 

@@ -20,7 +20,6 @@ import train
 from common.cli import run
 from common.errors import UserError
 from common.files import is_locked
-from common.processes import STOP_SIGNALS
 from data.synthetic import write_dtd
 from models import build_model
 
@@ -40,30 +39,11 @@ def here(data, monkeypatch):
     """In the folder above the data, which every command names relative to it."""
     monkeypatch.chdir(data.parent)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def flags(run_dir, *more, models="resnet18", epochs=1) -> list[str]:
-    return [
-        "--data_dir",
-        "the data",
-        "--models",
-        models,
-        "--epochs",
-        str(epochs),
-        "--img_size",
-        "32",
-        "--pretrained",
-        "none",
-        "--workers",
-        "0",
-        "--run_dir",
-        run_dir,
-        *more,
-    ]
+    words = f"--models {models} --epochs {epochs} --img_size 32 --pretrained none --workers 0"
+    return ["--data_dir", "the data", *words.split(), "--run_dir", run_dir, *more]
 
 
 def call(*argv: str) -> int:
@@ -109,25 +89,6 @@ def test_a_finished_sweep_only_prints_its_table(swept, capsys):
     out = capsys.readouterr().out
     assert "2 runs: 2 finished, 0 to do" in out and "(2 folds × 1 seed)" in out
     assert files(swept) == before
-
-
-def test_a_narrower_sweep_leaves_the_whole_table(swept, capsys):
-    before = (swept / "table.csv").read_text()
-    assert call(*flags("my runs", "--folds", "2")) == 0
-    assert "(2 folds × 1 seed)" in capsys.readouterr().out
-    assert (swept / "table.csv").read_text() == before
-
-
-def test_a_terminal_in_ascii_ends_with_the_table(swept):
-    """The table has ± and ×, which it cannot show."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "run_all.py", *flags("my runs", "--folds", "1-2")],
-        cwd=swept.parent,
-        capture_output=True,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"(2 folds \\xd7 1 seed)" in done.stdout
 
 
 def test_runs_with_other_settings_are_named_and_left_untouched(swept, capsys):
@@ -271,25 +232,10 @@ def test_a_sweep_with_a_stopped_run_is_unfinished(fake_train, tmp_path, capsys):
     assert "with 1 runs to do: the same command continues the sweep" in capsys.readouterr().err
 
 
-def test_overwrite_moves_nothing_while_one_of_the_runs_is_active(swept, capsys):
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-S",
-            "-c",
-            (
-                "import fcntl; f = open('.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX);"
-                "print(1, flush=True); input()"
-            ),
-        ],
-        cwd=swept / TWO,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    holder.stdout.readline()
-    before = files(swept)
-    assert call(*flags("my runs", "--folds", "1-2", "--overwrite")) == 3
-    holder.communicate(b"\n")
+def test_overwrite_moves_nothing_while_one_of_the_runs_is_active(swept, capsys, locked_by_another):
+    with locked_by_another(swept / TWO):
+        before = files(swept)
+        assert call(*flags("my runs", "--folds", "1-2", "--overwrite")) == 3
     assert "in use by another running process" in capsys.readouterr().err
     assert files(swept) == before
 

@@ -16,7 +16,6 @@ from training.run_config import (
     find_differences,
     load_config,
     load_finished,
-    make_config,
     parse_run_name,
     run_name,
 )
@@ -25,13 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def config(**changes) -> dict:
-    values = {
-        "dataset": "dtd", "fold": 1, "num_folds": 10, "seed": 42, "model": "resnet18",
-        "epochs": 100, "batch_size": 32, "lr": 0.01, "img_size": 224, "precision": "fp32",
-        "recipe": {"weight_decay": 1e-4}, "data": "abc",
-        "weights": {"source": "w.pt", "sha256": "12"}, "data_dir": Path("data/dtd"),
+    return {
+        "dataset": "dtd", "fold": 1, "seed": 42, "model": "resnet18", "epochs": 100,
+        "batch_size": 32, "lr": 0.01, "img_size": 224, "precision": "fp32", "weight_decay": 1e-4,
+        "data": "abc", "weights": {"source": "w.pt", "sha256": "12"}, "data_dir": "data/dtd",
+        **changes,
     }  # fmt: skip
-    return make_config(**{**values, **changes})
 
 
 def test_a_run_name_is_read_back_as_its_parts():
@@ -46,16 +44,11 @@ def test_a_run_name_is_read_back_as_its_parts():
     assert parse_run_name("overwritten") is None and parse_run_name(name + ".old") is None
 
 
-def test_the_number_of_reshuffles_belongs_to_the_folder_dataset_only():
-    assert "num_folds" not in config()
-    assert config(dataset="folder")["num_folds"] == 10
-
-
 def test_differences_are_named_and_paths_do_not_count():
     old = config()
-    moved = config(data_dir=Path("elsewhere"), weights={"source": "other.pt", "sha256": "12"})
+    moved = config(data_dir="elsewhere", weights={"source": "other.pt", "sha256": "12"})
     assert find_differences(old, moved) == {}
-    assert not find_differences(config(dataset="folder"), config(dataset="folder", num_folds=5))
+    assert find_differences(config(num_folds=10), config(num_folds=5)) == {}
     new = config(epochs=10, weights={"source": "w.pt", "sha256": "34"})
     assert find_differences(old, new) == {"epochs": (100, 10), "weights": ("12", "34")}
     assert describe_differences(old, new) == "epochs 100 → 10; weights 12 → 34"

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from common.errors import Busy, Diverged, Preempted, UserError
-from common.files import read_json, sha256, write_json
+from common.files import read_json, sha256
 from training import run_dir
 from training.checkpoint import BEST, LATEST, PREVIOUS
 from training.run_dir import RunDir, provenance
@@ -252,15 +252,6 @@ def test_read_json(tmp_path, content, expected):
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
     assert read_json(tmp_path / "x.json") == expected
-
-
-def test_json_is_written_atomically_and_read_back(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
-    assert read_json(tmp_path) is None
 
 
 def test_sha256_is_that_of_the_bytes():

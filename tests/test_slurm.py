@@ -127,44 +127,13 @@ def wait_until(condition, seconds: float, ask) -> None:
 def test_a_sweep_on_a_cluster_survives_a_preemption(cluster, tmp_path):
     """Four runs, two at a time; a job of a better partition takes the place of one of them."""
     write_dtd(tmp_path / "the data", images_per_class=120, folds=2, size=40, seed=1, num_classes=4)
-    command = [
-        sys.executable,
-        ROOT / "run_all.py",
-        "--data_dir",
-        "the data",
-        "--models",
-        "resnet18",
-        "--folds",
-        "1-2",
-        "--seeds",
-        "1,2",
-        "--epochs",
-        "10",
-        "--img_size",
-        "32",
-        "--pretrained",
-        "none",
-        "--workers",
-        "0",
-        "--run_dir",
-        "my runs",
-    ]
-    submitted = subprocess.run(
-        [
-            *command,
-            "--launcher",
-            "slurm",
-            "--partition",
-            "low",
-            "--gpus_per_task",
-            "0",
-            "--max_parallel",
-            "2",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    words = (
+        "--models resnet18 --folds 1-2 --seeds 1,2 --epochs 10 --img_size 32 --pretrained none "
+        "--workers 0 --launcher slurm --partition low --gpus_per_task 0 --max_parallel 2"
     )
+    command = [sys.executable, ROOT / "run_all.py", "--data_dir", "the data", *words.split()]
+    command += ["--run_dir", "my runs"]
+    submitted = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert submitted.returncode == 0, submitted.stderr
     array = submitted.stdout.split("Slurm job array ")[1].split(":")[0]
     collect = submitted.stdout.splitlines()[-1].strip()

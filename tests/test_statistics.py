@@ -1,7 +1,6 @@
 """sweeps/statistics.py, against numbers worked out by hand."""
 
 import math
-import sys
 from itertools import product
 
 import numpy as np
@@ -14,7 +13,6 @@ from sweeps.statistics import (
     holm,
     sign_flip_p,
     summarise,
-    why_no_tests,
 )
 
 
@@ -145,14 +143,6 @@ def test_the_reason_for_a_missing_interval_is_the_one_that_holds():
     assert (found.low, found.high, found.p) == (1.0, 1.0, None)
     assert found.untested == "no p, as all differences are equal"
     assert compare(three, three, 1.0).untested is None  # all 0: p is 1
-
-
-def test_without_scipy_there_is_no_interval_and_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    assert "pip install scipy" in why_no_tests()
-    found = compare({1: 2.0, 2: 3.0, 3: 5.0}, {1: 1.0, 2: 1.0, 3: 1.0}, 1.0, test=False)
-    assert (found.folds, found.wins, found.low, found.p) == (3, 3, None, None)
 
 
 def test_an_unknown_ratio_gives_no_interval_but_a_permutation():

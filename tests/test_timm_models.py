@@ -23,7 +23,6 @@ from models.timm_models import classifier_tensors
 from models.weights import load_pretrained, load_trained, weights_identity
 from sweeps.tables import write_tables
 from tools import evaluate, export, predict
-from tools.visualize import __main__ as visualize_main
 from training.optim import parameter_groups
 from training.preemption import StopRequest
 
@@ -368,13 +367,6 @@ def test_export_at_the_size_of_training(trained, suffix, capsys):
             wanted = model((images - mean) / std)
         exported = torch.export.load("x.pt2").module()
         torch.testing.assert_close(exported(images), wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_visualize_refuses_in_one_line(trained, dtd, capsys):
-    image = next(dtd.rglob("*.jpg"))
-    words = ["--weights", str(trained / "best.pt"), str(image), "--out", "pages"]
-    assert exit_code(visualize_main.main, *words) == 2
-    assert capsys.readouterr().err.startswith("error: this network has no STCI to visualize")
 
 
 def test_a_sweep_names_its_runs_and_its_weights(dtd, monkeypatch, capsys):

@@ -224,20 +224,6 @@ def test_an_output_folder_that_cannot_be_created_is_a_one_line_error():
         call("x.png")
 
 
-def test_a_network_without_stci_is_a_user_error():
-    with pytest.raises(UserError):
-        describe_network(build_model("seresnet18", 2), torch.randn(1, 3, 64, 64))
-
-
-def test_no_page_overwrites_an_image_that_was_given():
-    write_checkpoint()
-    write_image("photo.png")
-    photo = Path("photo.png").read_bytes()
-    message = refusal_of("photo.png", out=".")
-    assert message.startswith("--out would overwrite photo.png, which is one of the inputs")
-    assert Path("photo.png").read_bytes() == photo
-
-
 def test_a_folder_of_png_images_is_not_overwritten_by_its_pages():
     write_checkpoint()
     for name in ("a", "b"):

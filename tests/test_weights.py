@@ -299,23 +299,6 @@ def test_the_classifier_starts_new_unless_it_is_kept(states):
     assert load("resnet18", 0, "r.pt")[1]["tensors_loaded"] == 120
 
 
-@pytest.mark.parametrize(
-    ("prefix", "key"),
-    [
-        ("module.", None),
-        ("_orig_mod.", "model"),
-        ("module._orig_mod.", "state_dict"),
-        ("_orig_mod.module.", "model"),
-    ],
-)
-def test_wrapped_files_are_unwrapped(prefix, key, states):
-    state = states("resnet18")
-    wrapped = {prefix + name: x for name, x in state.items()}
-    save(wrapped if key is None else {key: wrapped, "epoch": 3}, "w.pt")
-    model, origin = load("resnet18", CLASSES, "w.pt", keep_head=True)
-    assert has_weights(model, state, list(state))
-
-
 def error_of(path, name="twistnet18"):
     """The error of a file that must be refused: one line that names it."""
     with torch.device("meta"):

@@ -237,7 +237,7 @@ class Checkpointer:
             elif self.pending_best is not None:
                 write_atomic(fresh_best, self.pending_best)
             # The predecessor is kept only if it is intact.
-            if latest.exists() and (self.latest_is_verified or _is_intact(latest)):
+            if latest.exists() and (self.latest_is_verified or _epoch_of(latest) is not None):
                 replace_by_link(latest, self.folder / PREVIOUS)
             # Then rename. If the process is killed in between, recover_best does the second half.
             os.replace(fresh, latest)
@@ -262,6 +262,7 @@ def recover_best(folder: Path, state: TrainState) -> bool:
 
 
 def _epoch_of(path: Path) -> int | None:
+    """Finished epochs of the checkpoint at `path`; None where it is missing or not intact."""
     try:
         return _read(path)[0].epoch
     except (_Damaged, UserError):
@@ -317,13 +318,6 @@ def load_tensors(trainer, tensors: dict[str, dict]) -> None:
 
 class _Damaged(Exception):
     """A file that is damaged, so that its predecessor may be used."""
-
-
-def _is_intact(path: Path) -> bool:
-    try:
-        return bool(_read(path))
-    except (_Damaged, UserError):
-        return False
 
 
 def _read(path: Path) -> tuple[TrainState, dict[str, dict]]:

@@ -26,7 +26,6 @@ class DistributedContext:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
     local_world_size: int = 1
     device: torch.device = torch.device("cpu")
     control: dist.ProcessGroup | None = None  # the gloo group of the collectives below
@@ -122,7 +121,7 @@ def init_distributed() -> DistributedContext:
     control = (
         dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if on_gpu else dist.group.WORLD
     )
-    return DistributedContext(rank, world_size, local_rank, local_world_size, device, control)
+    return DistributedContext(rank, world_size, local_world_size, device, control)
 
 
 def shut_down_distributed() -> None:

@@ -35,53 +35,6 @@ def parse_run_name(name: str) -> dict | None:
     }
 
 
-def make_config(
-    *,
-    dataset: str,
-    fold: int,
-    num_folds: int,
-    seed: int,
-    model: str,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    img_size: int,
-    precision: str,
-    recipe: dict,
-    data: str,
-    weights: dict,
-    data_dir: Path,
-) -> dict:
-    """The configuration of a run, as config.json stores it.
-
-    Args:
-        num_folds: number of folds of `--dataset folder`; the splits do not depend on it.
-        recipe: what no flag changes (weight decay, augmentation, …).
-        data: fingerprint of the class names, files and labels of the three splits.
-        weights: {"source", "sha256"} of the initial weights.
-    """
-    config = {
-        "dataset": dataset,
-        "fold": fold,
-        "seed": seed,
-        "model": model,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "img_size": img_size,
-    }
-    if dataset == "folder":
-        config["num_folds"] = num_folds
-    return {
-        **config,
-        "precision": precision,
-        **recipe,
-        "data": data,
-        "weights": weights,
-        "data_dir": str(data_dir.resolve()),
-    }
-
-
 def load_config(folder: Path) -> dict | None:
     """The configuration of the run in `folder`, finished or not; None where there is no run."""
     results = read_json(folder / RESULTS)

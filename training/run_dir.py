@@ -18,7 +18,7 @@ import torchvision
 from common.cli import explain_error
 from common.errors import Diverged, Preempted
 from common.files import (
-    open_lock,
+    lock_folder,
     read_json,
     remove_temporary_files,
     write_atomic,
@@ -42,7 +42,7 @@ class RunDir:
 
         Raises Busy where another process trains there, UserError where it cannot be written.
         """
-        self._lock = open_lock(self.path)
+        self._lock = lock_folder(self.path)
         remove_temporary_files(self.path)
         (self.path / FRESH_LATEST).unlink(missing_ok=True)
         if (read_json(self.path / STATUS) or {}).get("state") == "running":
