@@ -40,7 +40,6 @@ from training.checkpoint import (
     has_checkpoint,
     load_checkpoint,
     load_tensors,
-    recover_best,
 )
 from training.distributed import DistributedContext, init_distributed
 from training.engine import EvalMetrics, Evaluator, Trainer, choose_precision
@@ -268,6 +267,7 @@ def main(argv: list[str] | None = None) -> None:
             loggers=loggers,
             extra_columns=lambda: read_gates(model),
             save_seconds=60 * args.save_minutes,
+            needs_best=True,
         ).fit(state)
 
         # The test, of the best epoch.
@@ -323,11 +323,6 @@ def load_state(folder: Path, config: dict) -> tuple[TrainState | None, dict | No
     check_same_config(folder, state.config, config)
     if warning:
         print(warning, flush=True)
-    if not (folder / BEST).exists() and not recover_best(folder, state):
-        raise UserError(
-            f"{folder / BEST}, the checkpoint of the best epoch {state.best_epoch}, is missing: "
-            "start again with --overwrite"
-        )
     print(f"resuming {folder / LATEST} in epoch {state.epoch + 1}, after step {state.step}")
     return state, tensors
 

@@ -207,6 +207,12 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
         return text, EXIT_PREEMPTED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
+    if isinstance(error, ValueError) and "more than 1 value per channel" in text:
+        return (
+            "error: BatchNorm needs more than one value per channel: use a larger --batch_size or "
+            "--img_size, or add images",
+            EXIT_USAGE,
+        )
     if not isinstance(error, (OSError, RuntimeError, MemoryError)):
         return None
     # torch's errors are RuntimeErrors that only their texts tell apart.
@@ -224,7 +230,9 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
             EXIT_FAILED,
         )
     if isinstance(error, OSError):  # a full disk or a folder without permission
-        return f"error: {text}", EXIT_FAILED
+        # Of a loader worker, it ends with the error after the worker's traceback.
+        lines = text.strip().splitlines() or [type(error).__name__]
+        return f"error: {lines[-1]}", EXIT_FAILED
     return None
 
 

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import functools
 import io
+import os
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,26 +23,52 @@ CONVERTIBLE = (
     *("CMYK", "YCbCr", "HSV", "LAB"),
 )
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags
+# Errors of a machine or its network, which say nothing about the file that was to be read.
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+PASSING = (
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAGAIN, errno.ENOMEM),
+)
+RETRY_AFTER = (0.1, 0.5, 2, 5)  # seconds
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # 179 million; larger files are refused
 
 
 def read_rgb(path: Path) -> torch.Tensor:
     """Decode an image file into RGB, uint8, 3 × H × W. Raises OSError naming the file and why.
 
-    Where the process has too many open files, which is no fault of the file, the system's own error
-    is raised; see raise_if_too_many_files.
+    An error of the machine is raised as it is, with its errno: see raise_if_machine_fails.
     """
     try:
-        data = np.fromfile(path, np.uint8)
+        data = read_bytes(path)
     except OSError as error:
-        raise_if_too_many_files(error)
+        raise_if_machine_fails(error)
         raise OSError(f"{printable(path)} cannot be read as an image ({error})") from error
-    return decode_rgb(torch.from_numpy(data), path)
+    return decode_rgb(data, path)
 
 
-def raise_if_too_many_files(error: OSError) -> None:
+def read_bytes(path: Path) -> torch.Tensor:
+    """A file's content, uint8, one dimension; tries again after errors that may pass."""
+    for seconds in RETRY_AFTER:
+        try:
+            return _read_once(path)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(seconds)
+    return _read_once(path)
+
+
+def _read_once(path: Path) -> torch.Tensor:
+    with open(path, "rb", buffering=0) as file:
+        data, size = np.empty(os.fstat(file.fileno()).st_size, np.uint8), 0
+        while count := file.readinto(data[size:]):
+            size += count
+    return torch.from_numpy(data[:size])
+
+
+def raise_if_machine_fails(error: OSError) -> None:
     """Raise `error` again if it says nothing about the file that was to be read."""
-    if error.errno in (errno.EMFILE, errno.ENFILE):
+    if error.errno in (*TOO_MANY_FILES, *PASSING):
         raise error
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 
 from common.errors import UserError
 from common.files import printable
-from data.decoding import check_header, raise_if_too_many_files, read_rgb
+from data.decoding import TOO_MANY_FILES, check_header, raise_if_machine_fails, read_rgb
 from data.sampling import seeded
 
 DECODED_AT_ONCE = 16  # images, before they are augmented; see TrainSet.__getitems__
@@ -120,14 +120,15 @@ class TrainSet(Dataset):
         try:
             return self.source.read(index), 0
         except OSError as error:
-            raise_if_too_many_files(error)
+            if error.errno in TOO_MANY_FILES:
+                raise
             same_class = np.flatnonzero(self.source.labels == self.source.labels[index])
         # The next images of the class, cyclically: the same replacement in every epoch and run.
         for other in np.roll(same_class, -1 - int(np.searchsorted(same_class, index)))[:-1]:
             try:
                 return self.source.read(int(other)), 1
             except OSError as error:
-                raise_if_too_many_files(error)
+                raise_if_machine_fails(error)  # the first may have a bad sector, the second not
         return _unread(), 2
 
 
@@ -144,7 +145,7 @@ class EvalSet(Dataset):
         try:
             image, broken = self.source.read(index), 0
         except OSError as error:
-            raise_if_too_many_files(error)
+            raise_if_machine_fails(error)
             image, broken = _unread(), 2
         return Sample(
             self.transform(image),

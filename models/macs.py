@@ -28,12 +28,17 @@ def count_macs(model: nn.Module, img_size: int) -> int:
     hooks = [block.register_forward_hook(add_products) for block in blocks]
     counter = FlopCounterMode(display=False)
     was_training, device = model.training, next(model.parameters()).device
+    # torch's counter hooks into parameters that require gradients, which fails on views of them.
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
+        model.requires_grad_(False)
         # Attention as matrix products: torch counts nothing for some of its fused kernels.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
     finally:
         model.train(was_training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for hook in hooks:
             hook.remove()
     return counter.get_total_flops() // 2 + products

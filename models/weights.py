@@ -19,6 +19,7 @@ from models.fitting import (
 )
 from models.timm_models import (
     check_size,
+    check_takes_images,
     fetch_published,
     fit_to_size,
     is_timm,
@@ -224,6 +225,8 @@ def load_trained(path: str | Path, *, img_size: int | None = None) -> tuple[nn.M
         raise misfit_error(file.path, file.tensors, claimed if claimed in MODELS else "twistnet18")
     num_classes = count_classes(file, name)
     model = build_model(name, num_classes, img_size=built_for)
+    if built_for and img_size and img_size != built_for:
+        check_takes_images(model, name, img_size)
     tensors = check_tensors(model, name, file, keep_head=True, img_size=built_for)
     check_head(model, file.path, tensors, head_of(name))
     load_fitting(model, tensors, keep_head=True, head=head_of(name))

@@ -144,6 +144,19 @@ def outcome(error, capsys, **options):
             1,
             "error: [Errno 28] No space left on device: 'results.json'\n",
         ),
+        (
+            OSError(
+                "Caught OSError in DataLoader worker process 0.\nOriginal Traceback …\nOSError: x"
+            ),
+            1,
+            "error: OSError: x\n",
+        ),
+        (
+            ValueError("Expected more than 1 value per channel when training, got [1, 512, 1, 1]"),
+            2,
+            "error: BatchNorm needs more than one value per channel: use a larger --batch_size or "
+            "--img_size, or add images\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

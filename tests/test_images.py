@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
+from data import decoding
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.transforms import EvalTransform, TrainTransform
 
@@ -36,17 +38,49 @@ def write_listing(root, count, *, classes=2, broken=()):
     return ImageFiles(root, np.array([name.encode() for name in names]), labels)
 
 
-def test_too_many_open_files_are_not_taken_for_an_unreadable_image(tmp_path, monkeypatch):
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(errno.EIO, 2, "1.jpg"): reading such a file fails twice."""
+    read, left = decoding._read_once, []
+
+    def fail(path):
+        if left and fnmatch(path.name, left[-1][1]):
+            number, _ = left.pop()
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(decoding, "_read_once", fail)
+    monkeypatch.setattr(decoding, "RETRY_AFTER", (0, 0))
+    return lambda number, times, name: left.extend([(number, name)] * times)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+def test_an_error_of_the_machine_is_not_taken_for_an_unreadable_image(tmp_path, failing, number):
     source = write_listing(tmp_path, 4)
-    test_set = EvalSet(source, EvalTransform(16))
-
-    def fail(*_):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "1.jpg")
-
-    monkeypatch.setattr(np, "fromfile", fail)
-    for dataset, key in ((train_set(source), (0, 1)), (test_set, 1)):
-        with pytest.raises(OSError, match="Too many open files"):
+    failing(number, 100, "*")
+    for dataset, key in (
+        (train_set(source), (0, 1)),
+        (EvalSet(source, EvalTransform(16)), 1),
+    ):
+        with pytest.raises(OSError) as caught:
             dataset[key]
+        assert caught.value.errno == number and caught.value.filename.endswith(".jpg")
+
+
+def test_an_error_that_passes_leaves_no_trace(tmp_path, failing):
+    source = write_listing(tmp_path, 4)
+    failing(errno.ESTALE, 2, "1.jpg")
+    assert same(train_set(source)[0, 1], train_set(source)[0, 1])
+    failing(errno.EIO, 2, "1.jpg")
+    assert EvalSet(source, EvalTransform(16))[1].broken == 0
+
+
+def test_a_file_on_a_bad_sector_is_replaced_and_other_errors_are_not_retried(tmp_path, failing):
+    source = write_listing(tmp_path, 4)
+    failing(errno.EIO, 100, "0.jpg")
+    assert train_set(source)[0, 0].broken == 1
+    failing(errno.EACCES, 1, "2.jpg")
+    assert train_set(source)[0, 2].broken == 1
 
 
 def test_names_are_found_whatever_the_locale(tmp_path):

@@ -1,5 +1,6 @@
 """pretrain_imagenet.py end to end, in this process, on a few tiny images."""
 
+import errno
 import hashlib
 import json
 import os
@@ -547,6 +548,29 @@ def test_a_branch_that_crashes_in_its_first_step_can_be_started_again(tree, monk
     pretrain(tree, epochs=1, checkpoint_dir="other", seed=1)
     with pytest.raises(UserError, match="branch already contains another run than other/latest.pt"):
         branch(tree, source="other/latest.pt")
+
+
+@TINY
+def test_a_branch_whose_first_save_fails_can_be_started_again(tree, monkeypatch):
+    pretrain(tree, epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.checkpoint.write_atomic", raise_disk_full)
+        with pytest.raises(UserError, match="could not be written to branch"):
+            branch(tree, "--epochs", "3")
+    branch(tree, "--epochs", "3")
+    assert saved("branch/latest.pt").epoch == 3
+
+
+@TINY
+def test_another_checkpoint_of_the_same_run_does_not_continue_a_branch(tree):
+    pretrain(tree, epochs=2)
+    branch(tree, "--epochs", "3", source="checkpoints/latest.prev.pt")
+    with pytest.raises(UserError, match="branch already contains another run than checkpoints/lat"):
+        branch(tree, "--epochs", "3")
+
+
+def raise_disk_full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def raise_out_of_memory(*_):

@@ -23,6 +23,7 @@ from models.timm_models import classifier_tensors
 from models.weights import load_pretrained, load_trained, weights_identity
 from sweeps.tables import write_tables
 from tools import evaluate, export, predict
+from training.export import write_weights
 from training.optim import parameter_groups
 from training.preemption import StopRequest
 
@@ -160,12 +161,18 @@ def test_weight_decay_spares_what_timm_names():
         ("twistnet18", 1.846, 5e-4),
         ("timm/deit_tiny_patch16_224", 1.258, 2e-2),  # the paper of DeiT says 1.3
         ("timm/convnext_tiny", 4.456, 1e-2),
+        (
+            "timm/pit_ti_224",
+            0.7,
+            2e-2,
+        ),  # PiT's paper; it passes on a view of a parameter
     ],
 )
 def test_multiply_adds_are_those_published(name, gmacs, tolerance):
     model = build_model(name, 1000).train()
     assert count_macs(model, 224) / 1e9 == pytest.approx(gmacs, abs=tolerance)
     assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_products_of_channels_count_as_multiply_adds():
@@ -343,6 +350,15 @@ def test_evaluate_gives_the_recorded_count(trained, capsys):
     assert out.startswith(f"{VIT}, 3 classes") and "the same count" in out
     code = exit_code(evaluate.main, "--weights", str(trained / "best.pt"), "--img_size", "64")
     assert code == 2 and "was trained at 32 px and takes no other size" in capsys.readouterr().err
+
+
+def test_a_size_that_a_network_cannot_halve_often_enough_is_refused():
+    name = "timm/hrnet_w18_small"
+    record = {"recipe": {"model": name, "img_size": 64, "run": "1"}}
+    write_weights(build_model(name, 3, img_size=64), record, "weights", [Path()])
+    assert not load_trained("weights.pt", img_size=96)[0].training
+    with pytest.raises(UserError, match="hrnet_w18_small does not take 100 px images"):
+        load_trained("weights.pt", img_size=100)
 
 
 def test_predict_classifies(trained, dtd, capsys):

@@ -180,7 +180,7 @@ def test_a_damaged_best_is_one_line_that_says_what_to_do(dtd, stop_after):
         fine_tune(dtd)
     stop_after()
     (RUN / "best.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="best.pt is damaged .*: start again with --overwrite"):
+    with pytest.raises(UserError, match="best.pt is not of epoch ., the best one: start again"):
         fine_tune(dtd)
 
 
@@ -195,15 +195,16 @@ def test_a_save_that_was_killed_between_its_two_files_is_completed(dtd, stop_aft
     assert results()["epochs"] == 2 and not (RUN / FRESH_BEST).exists()
 
 
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b"damaged")])
 @TINY
-def test_a_run_whose_best_is_missing_is_not_resumed(dtd, stop_after):
+def test_a_run_without_its_best_is_not_resumed(dtd, stop_after, spoil):
     """Its test result would be that of another epoch."""
     stop_after(step=2)
     with pytest.raises(Preempted):
         fine_tune(dtd)
     stop_after()
-    (RUN / "best.pt").unlink()
-    with pytest.raises(UserError, match="best.pt, the checkpoint of the best epoch 1, is missing"):
+    spoil(RUN / "best.pt")
+    with pytest.raises(UserError, match="best.pt is not of epoch 1, the best one: start again"):
         fine_tune(dtd)
     fine_tune(dtd, "--overwrite")
     assert results()["epochs"] == 2

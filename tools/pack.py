@@ -28,7 +28,7 @@ from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.files import LOCK, check_output_folder, lock_folder, require_free_space
 from common.processes import ignore_stop_signals, usable_cpus
-from data.decoding import decode_rgb, open_image
+from data.decoding import decode_rgb, open_image, read_bytes
 from data.imagenet import load_imagenet
 from data.images import ImageFiles
 from data.packed import (
@@ -230,7 +230,7 @@ def shrink_image(source: ImageFiles, index: int, *, short_side: int, quality: in
     """(JPEG file as uint8 tensor, height, width), or the reason why the image cannot be read."""
     path = source.path(index)
     try:
-        encoded = torch.from_numpy(np.fromfile(path, np.uint8))
+        encoded = read_bytes(path)
         pixels = decode_rgb(encoded, path)  # 3 × H × W
         with open_image(io.BytesIO(encoded.numpy())) as image:
             is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")

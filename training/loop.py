@@ -37,7 +37,8 @@ class TrainLoop:
 
     lr_schedule: global step -> learning rate.  loggers: called with the history after each epoch.
     extra_columns: more columns for the log, read at the end of each epoch.  validate_every: epochs
-    from one validation to the next; the last epoch always has one.
+    from one validation to the next; the last epoch always has one.  needs_best: a resumed run
+    without its best.pt is refused; otherwise another epoch becomes the best one.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class TrainLoop:
         extra_columns: Callable[[], dict] = dict,
         save_seconds: float = 900.0,
         validate_every: int = 1,
+        needs_best: bool = False,
     ):
         self.trainer, self.loader, self.evaluator = trainer, loader, evaluator
         self.lr_schedule, self.epochs, self.run_dir, self.stop = lr_schedule, epochs, run_dir, stop
         self.resume_command, self.loggers = resume_command, loggers
         self.extra_columns, self.save_seconds = extra_columns, save_seconds
-        self.validate_every = validate_every
+        self.validate_every, self.needs_best = validate_every, needs_best
         self.context = trainer.context
         self.steps_per_epoch = loader.steps_per_epoch
         self.checkpointer = Checkpointer(run_dir.path)
@@ -73,6 +75,9 @@ class TrainLoop:
         self.start(state)
         if state.step:  # a branch has a checkpoint of its own from now on
             self.ensure_saved(state)
+        if self.context.is_main:
+            self.restore_best(state)
+            self.run_dir.write_status("running")
         if state.epoch >= self.epochs and "val_top1" not in state.history[-1]:
             self.complete_last_epoch(state)
         self.log_history(state)
@@ -83,19 +88,21 @@ class TrainLoop:
         self.finish(state)
 
     def start(self, state: TrainState) -> None:
-        """Restore this rank's loss sums, and the run's best.pt and status."""
+        """Restore this rank's loss sums, and the files that rank 0 has named as unreadable."""
         self.trainer.set_loss(*state.loss_sum_of(self.context.rank, self.context.world_size))
-        if not self.context.is_main:
+        if self.context.is_main:
+            self.unreadable.files = set(state.unreadable)
+
+    def restore_best(self, state: TrainState) -> None:
+        """Check that best.pt is of the best epoch; without it, refuse the run or choose anew."""
+        if recover_best(self.run_dir.path, state):
             return
-        self.unreadable.files = set(state.unreadable)
-        if not recover_best(self.run_dir.path, state) and state.epoch < self.epochs:
-            print(
-                f"warning: {self.run_dir.path / BEST} is not of epoch {state.best_epoch}, the best "
-                "one: it will be the best epoch from now on",
-                flush=True,
-            )
+        wanted = f"{self.run_dir.path / BEST} is not of epoch {state.best_epoch}, the best one"
+        if self.needs_best:
+            raise UserError(f"{wanted}: start again with --overwrite")
+        if state.epoch < self.epochs:
+            print(f"warning: {wanted}: it will be the best epoch from now on", flush=True)
             state.best_epoch = 0
-        self.run_dir.write_status("running")
 
     def log_history(self, state: TrainState) -> None:
         """Write the state's history as log.jsonl and to the loggers, on rank 0."""

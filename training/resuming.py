@@ -9,7 +9,14 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import replace_by_link
-from training.checkpoint import BEST, LATEST, TrainState, has_checkpoint, load_checkpoint
+from training.checkpoint import (
+    BEST,
+    FRESH_BEST,
+    LATEST,
+    TrainState,
+    has_checkpoint,
+    load_checkpoint,
+)
 from training.distributed import DistributedContext
 from training.recipes import upgrade_pretrain_config
 from training.run_dir import RunDir
@@ -27,7 +34,7 @@ def find_branch(resume: Path | None, checkpoint_dir: Path) -> Path | None:
     branch = checkpoint_dir / LATEST
     try:
         runs = [load_checkpoint(path)[0].config for path in (resume, branch)]
-        begun = runs[0]["run"] == runs[1]["branch_of"]
+        begun = (runs[0]["run"], resume.name) == (runs[1]["branch_of"], runs[1]["branch_from"])
     except (UserError, KeyError, TypeError):  # another run, which prepare_checkpoint_dir refuses
         begun = False
     return branch if begun else resume
@@ -85,6 +92,7 @@ def load_run(
         raise UserError(f"the ranks have read different states of {path}: start them again")
     if is_branch(resume, checkpoint_dir):
         state.config["branch_of"] = state.config.get("run")
+        state.config["branch_from"] = path.name
         state.config["run"] = secrets.token_hex(8)
     return state, tensors, path
 
@@ -123,11 +131,14 @@ def check_same_data(
 
 
 def copy_best(state: TrainState, source: Path, target: Path) -> None:
-    """Give a branch the best.pt of its history, if the folder it comes from still has it."""
+    """Give a branch the best.pt of its history, if the folder it comes from still has it.
+
+    It becomes best.pt when the branch has its first checkpoint: see checkpoint.recover_best.
+    """
     best = source / BEST
     try:
         if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
-            replace_by_link(best, target / BEST)
+            replace_by_link(best, target / FRESH_BEST)
     except UserError as error:  # a damaged file: as if it were missing
         print(f"warning: {error}", flush=True)
 

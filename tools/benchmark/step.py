@@ -137,17 +137,21 @@ def measure_step(args) -> dict:
     table = interleaved(turns, rounds=args.rounds, images=images)
 
     # memory, each in a process of its own; the compiler's own memory would hide the network's
+    turns.clear()
+    torch.cuda.empty_cache()
     for row in table:
         name, how = ROWS[row["row"]]
         if how != "compiled" or torch.cuda.is_available():
-            row["peak_mb"] = measure_peak_memory(name, how, **shape) / 1e6
+            peak = measure_peak_memory(name, how, **shape)
+            if peak is not None:
+                row["peak_mb"] = peak / 1e6
 
     # ratios
     _, reference, *twistnets = table
     for row in twistnets:
         ratios = [a / b for a, b in zip(row["walls"], reference["walls"], strict=True)]
         row["time_vs_resnet"] = median(ratios)
-        if "peak_mb" in row:
+        if "peak_mb" in row and "peak_mb" in reference:
             row["memory_vs_resnet"] = row["peak_mb"] / reference["peak_mb"]
     return {"step": table, "threads": torch.get_num_threads(), "left_out": left_out, **shape}
 
@@ -161,14 +165,17 @@ def why_it_fails(turn: Callable[[int], None]) -> str | None:
     return None
 
 
-def measure_peak_memory(name: str, how: str, *, batch_size: int, img_size: int) -> int:
-    """Bytes that training steps need at most, in a process of their own."""
+def measure_peak_memory(name: str, how: str, *, batch_size: int, img_size: int) -> int | None:
+    """Bytes that training steps need at most, in a process of their own; None if that fails."""
     spawn = multiprocessing.get_context("spawn")
     receive, send = spawn.Pipe(duplex=False)
     child = spawn.Process(target=send_peak_memory, args=(name, how, batch_size, img_size, send))
     child.start()
     send.close()
-    peak = receive.recv()
+    try:
+        peak = receive.recv()
+    except EOFError:  # the child has printed why
+        peak = None
     child.join()
     return peak
 
