@@ -101,6 +101,8 @@ def check_header(path: Path) -> None:
         with open_image(path) as image:
             _check_mode(image)
     except Exception as error:
+        if isinstance(error, OSError):
+            raise_if_machine_fails(error)
         raise OSError(f"{printable(path)} cannot be read as an image ({_reason(error)})") from error
 
 

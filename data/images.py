@@ -68,6 +68,7 @@ def spot_check(source: ImageFiles, *, seconds: float = 5.0) -> None:
         try:
             source.check_header(index)
         except OSError as error:
+            raise_if_machine_fails(error)
             raise UserError(
                 f"{error}. Evaluation uses every image: restore the file or remove it from the "
                 "dataset"

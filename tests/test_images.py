@@ -55,7 +55,9 @@ def failing(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
-def test_an_error_of_the_machine_is_not_taken_for_an_unreadable_image(tmp_path, failing, number):
+def test_an_error_of_the_machine_is_not_taken_for_an_unreadable_image(
+    tmp_path, failing, number, monkeypatch
+):
     source = write_listing(tmp_path, 4)
     failing(number, 100, "*")
     for dataset, key in (
@@ -65,6 +67,10 @@ def test_an_error_of_the_machine_is_not_taken_for_an_unreadable_image(tmp_path, 
         with pytest.raises(OSError) as caught:
             dataset[key]
         assert caught.value.errno == number and caught.value.filename.endswith(".jpg")
+    monkeypatch.setattr(decoding, "open_image", decoding._read_once)
+    with pytest.raises(OSError) as caught:
+        spot_check(source)
+    assert caught.value.errno == number
 
 
 def test_an_error_that_passes_leaves_no_trace(tmp_path, failing):
