@@ -20,6 +20,7 @@ from common.errors import (
     Diverged,
     Preempted,
     UserError,
+    may_pass,
 )
 
 
@@ -197,10 +198,12 @@ _OUT_OF_MEMORY = (
 def explain_error(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit code for an error; None for a bug, which deserves its traceback."""
     text = str(error)
+    if isinstance(error, (OSError, UserError)) and text.startswith("Caught "):
+        text = text.strip().splitlines()[-1]  # the error itself, after the worker's traceback
     if isinstance(error, Busy):
         return f"error: {text}", EXIT_BUSY
     if isinstance(error, UserError):
-        return f"error: {text}", EXIT_USAGE
+        return f"error: {text}", EXIT_FAILED if may_pass(error.__cause__) else EXIT_USAGE
     if isinstance(error, Diverged):
         return f"error: {text}", EXIT_FAILED
     if isinstance(error, Preempted):
@@ -230,9 +233,7 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
             EXIT_FAILED,
         )
     if isinstance(error, OSError):  # a full disk or a folder without permission
-        # Of a loader worker, it ends with the error after the worker's traceback.
-        lines = text.strip().splitlines() or [type(error).__name__]
-        return f"error: {lines[-1]}", EXIT_FAILED
+        return f"error: {text}", EXIT_FAILED
     return None
 
 

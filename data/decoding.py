@@ -7,13 +7,14 @@ import io
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from common.errors import may_pass
 from common.files import printable
 
 # Modes that Pillow converts to RGB without losing range. Integers of more than 8 bits and floats
@@ -23,12 +24,7 @@ CONVERTIBLE = (
     *("CMYK", "YCbCr", "HSV", "LAB"),
 )
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags
-# Errors of a machine or its network, which say nothing about the file that was to be read.
-TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-PASSING = (
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET),
-    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAGAIN, errno.ENOMEM),
-)
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine, and not the file's fault
 RETRY_AFTER = (0.1, 0.5, 2, 5)  # seconds
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # 179 million; larger files are refused
 
@@ -36,26 +32,32 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # 179 million; larger f
 def read_rgb(path: Path) -> torch.Tensor:
     """Decode an image file into RGB, uint8, 3 × H × W. Raises OSError naming the file and why.
 
-    An error of the machine is raised as it is, with its errno: see raise_if_machine_fails.
+    An error of the machine is raised as it is, with its errno: see is_of_machine.
     """
     try:
         data = read_bytes(path)
     except OSError as error:
-        raise_if_machine_fails(error)
+        if is_of_machine(error):
+            raise
         raise OSError(f"{printable(path)} cannot be read as an image ({error})") from error
     return decode_rgb(data, path)
 
 
 def read_bytes(path: Path) -> torch.Tensor:
-    """A file's content, uint8, one dimension; tries again after errors that may pass."""
+    """A file's content, uint8, one dimension."""
+    return _retry(_read_once, path)
+
+
+def _retry(read: Callable[[Path], object], path: Path):
+    """read(path), several times while it fails with an error that may pass."""
     for seconds in RETRY_AFTER:
         try:
-            return _read_once(path)
+            return read(path)
         except OSError as error:
-            if error.errno not in PASSING:
+            if not may_pass(error):
                 raise
         time.sleep(seconds)
-    return _read_once(path)
+    return read(path)
 
 
 def _read_once(path: Path) -> torch.Tensor:
@@ -66,10 +68,9 @@ def _read_once(path: Path) -> torch.Tensor:
     return torch.from_numpy(data[:size])
 
 
-def raise_if_machine_fails(error: OSError) -> None:
-    """Raise `error` again if it says nothing about the file that was to be read."""
-    if error.errno in (*TOO_MANY_FILES, *PASSING):
-        raise error
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error says nothing about the file that was to be read."""
+    return may_pass(error) or getattr(error, "errno", None) in LIMITS
 
 
 def decode_rgb(data: torch.Tensor, name: str | Path) -> torch.Tensor:
@@ -98,12 +99,16 @@ def decode_rgb(data: torch.Tensor, name: str | Path) -> torch.Tensor:
 def check_header(path: Path) -> None:
     """Raise OSError, as read_rgb does, if the header is not that of a supported image."""
     try:
-        with open_image(path) as image:
-            _check_mode(image)
+        _retry(_check_header_once, path)
     except Exception as error:
-        if isinstance(error, OSError):
-            raise_if_machine_fails(error)
+        if is_of_machine(error):
+            raise
         raise OSError(f"{printable(path)} cannot be read as an image ({_reason(error)})") from error
+
+
+def _check_header_once(path: Path) -> None:
+    with open_image(path) as image:
+        _check_mode(image)
 
 
 def _reason(error: Exception) -> str:

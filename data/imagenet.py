@@ -30,11 +30,15 @@ def load_imagenet(data_dir: str | Path) -> tuple[Source, Source, list[str]]:
     if is_interrupted(root):
         raise UserError(f"{root} contains an interrupted pack: run tools.pack again")
     for split in ("train", "val"):
-        if not os.path.isdir(root / split):
+        try:
+            os.scandir(root / split).close()
+        except OSError as error:
+            absent = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            problem = "does not exist" if absent else f"cannot be listed ({error.strerror})"
             raise UserError(
-                f"{root / split} does not exist: --data_dir must be a folder with train/ and val/, "
-                "each with one folder of images per class"
-            )
+                f"{root / split} {problem}: --data_dir must be a folder with train/ and val/, each "
+                "with one folder of images per class"
+            ) from error
     train, classes = list_tree(root / "train")
     val, val_classes = list_tree(root / "val")
     if val_classes != classes:

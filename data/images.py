@@ -1,5 +1,6 @@
 """Listings of images, and the two datasets that training and evaluation make of them."""
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from common.errors import UserError
+from common.errors import UserError, may_pass
 from common.files import printable
-from data.decoding import TOO_MANY_FILES, check_header, raise_if_machine_fails, read_rgb
+from data.decoding import LIMITS, check_header, is_of_machine, read_rgb
 from data.sampling import seeded
 
 DECODED_AT_ONCE = 16  # images, before they are augmented; see TrainSet.__getitems__
@@ -68,7 +69,8 @@ def spot_check(source: ImageFiles, *, seconds: float = 5.0) -> None:
         try:
             source.check_header(index)
         except OSError as error:
-            raise_if_machine_fails(error)
+            if is_of_machine(error):
+                raise
             raise UserError(
                 f"{error}. Evaluation uses every image: restore the file or remove it from the "
                 "dataset"
@@ -121,23 +123,33 @@ class TrainSet(Dataset):
         try:
             return self.source.read(index), 0
         except OSError as error:
-            if error.errno in TOO_MANY_FILES:
+            if error.errno in LIMITS:
                 raise
+            failed_in_passing = may_pass(error)
             same_class = np.flatnonzero(self.source.labels == self.source.labels[index])
         # The next images of the class, cyclically: the same replacement in every epoch and run.
         for other in np.roll(same_class, -1 - int(np.searchsorted(same_class, index)))[:-1]:
             try:
-                return self.source.read(int(other)), 1
+                replacement = self.source.read(int(other))
             except OSError as error:
-                raise_if_machine_fails(error)  # the first may have a bad sector, the second not
+                if is_of_machine(error):  # the first may have a bad sector, the second not
+                    raise
+                continue
+            if failed_in_passing:
+                with contextlib.suppress(OSError):  # if the server has come back, it can be read
+                    return self.source.read(index), 0
+            return replacement, 1
         return _unread(), 2
 
 
 class EvalSet(Dataset):
-    """Samples by index for evaluation. An unreadable image is marked as broken, not replaced."""
+    """Samples by index for evaluation. An unreadable image is marked as broken, not replaced.
 
-    def __init__(self, source: ImageFiles, transform):
-        self.source, self.transform = source, transform
+    So is one that the machine fails to read if `marks_all`; otherwise that error is raised.
+    """
+
+    def __init__(self, source: ImageFiles, transform, *, marks_all: bool = False):
+        self.source, self.transform, self.marks_all = source, transform, marks_all
 
     def __len__(self) -> int:
         return len(self.source)
@@ -146,7 +158,8 @@ class EvalSet(Dataset):
         try:
             image, broken = self.source.read(index), 0
         except OSError as error:
-            raise_if_machine_fails(error)
+            if is_of_machine(error) and not self.marks_all:
+                raise
             image, broken = _unread(), 2
         return Sample(
             self.transform(image),

@@ -203,6 +203,20 @@ def test_every_flip_in_a_tensor_is_found(tmp_path):
             load_checkpoint(path)
 
 
+def test_a_checkpoint_that_the_file_server_withholds_is_not_taken_for_damaged(saved, monkeypatch):
+    def fail(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile, "ZipFile", fail)
+        for read in (
+            lambda: load_checkpoint(saved / LATEST),
+            lambda: checkpoint.recover_best(saved, TrainState({}, [], 0, best_epoch=1)),
+        ):
+            with pytest.raises(OSError, match="Stale file handle"):
+                read()
+
+
 # ------------------------------------------------------------------ saves that fail
 
 

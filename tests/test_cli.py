@@ -1,5 +1,6 @@
 """common/cli.py: spelling of flags, one-line errors, exit codes, outputs that close."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -113,6 +114,12 @@ def test_help_shows_every_default_and_keeps_the_description(parser, capsys):
         assert "default:" not in lines[silent]
 
 
+def caused_by(number: int) -> UserError:
+    error = UserError("it cannot be read")
+    error.__cause__ = OSError(number, os.strerror(number))
+    return error
+
+
 class OwnError(UserError):
     pass
 
@@ -135,6 +142,8 @@ def outcome(error, capsys, **options):
         (None, 0, ""),
         (UserError("no such\n file"), 2, "error: no such file\n"),
         (UserError("bad flag"), 2, "error: bad flag\n"),
+        (caused_by(errno.ENOSPC), 2, "error: it cannot be read\n"),
+        (caused_by(errno.ESTALE), 1, "error: it cannot be read\n"),  # a restart may help
         (OwnError("bad data"), 2, "error: bad data\n"),
         (Diverged("the loss is not finite"), 1, "error: the loss is not finite\n"),
         (Busy("it is in use"), 3, "error: it is in use\n"),

@@ -1,12 +1,13 @@
 """data/imagenet.py: the images of a tree of class folders, and which trees are refused."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from common.errors import UserError
+from common.errors import UserError, may_pass
 from data.imagenet import list_tree, load_imagenet
 
 
@@ -85,6 +86,22 @@ def test_images_in_formats_that_are_left_out_are_counted_once_per_listing(
     monkeypatch.setenv("RANK", "1")
     load_imagenet(tmp_path)
     assert capsys.readouterr().err == ""
+
+
+def test_a_file_server_that_fails_is_not_a_missing_folder(tmp_path, monkeypatch):
+    make(tmp_path, "train/a/1.jpg", "val/a/1.jpg")
+
+    scandir = os.scandir
+
+    def fail(path):
+        if Path(path).name == "train":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(UserError, match=r"train cannot be listed \(Stale file handle\)") as caught:
+        load_imagenet(tmp_path)
+    assert may_pass(caught.value.__cause__)
 
 
 def test_images_in_nested_folders_are_found(tmp_path):  # Tiny-ImageNet's train/<wnid>/images/

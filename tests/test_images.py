@@ -40,7 +40,7 @@ def write_listing(root, count, *, classes=2, broken=()):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """failing(errno.EIO, 2, "1.jpg"): reading such a file fails twice."""
+    """failing(errno.EIO, 2, "1.jpg"): the next two attempts to read such a file fail."""
     read, left = decoding._read_once, []
 
     def fail(path):
@@ -79,6 +79,12 @@ def test_an_error_that_passes_leaves_no_trace(tmp_path, failing):
     assert same(train_set(source)[0, 1], train_set(source)[0, 1])
     failing(errno.EIO, 2, "1.jpg")
     assert EvalSet(source, EvalTransform(16))[1].broken == 0
+
+
+def test_a_server_that_comes_back_late_replaces_no_image(tmp_path, failing):
+    source = write_listing(tmp_path, 4)
+    failing(errno.ESTALE, 4, "*")  # three attempts at 1.jpg, and one at its replacement
+    assert train_set(source)[0, 1].broken == 0
 
 
 def test_a_file_on_a_bad_sector_is_replaced_and_other_errors_are_not_retried(tmp_path, failing):

@@ -377,7 +377,7 @@ def test_a_deleted_best_is_replaced_by_the_best_of_the_epochs_that_follow(tmp_pa
     (tmp_path / BEST).unlink()
     _, state = fit(tmp_path, evaluator=Scores(5, 4))
     assert (
-        "best.pt is not of epoch 1, the best one: it will be the best epoch from now on"
+        "best.pt is missing, damaged or not of epoch 1, the best one: that will be the best of "
         in capsys.readouterr().out
     )
     assert state.best_epoch == saved(tmp_path, BEST).epoch == 2

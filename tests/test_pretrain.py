@@ -488,7 +488,7 @@ def test_a_branch_without_a_usable_best_has_one_at_its_end(tree, spoil, capsys):
     spoil(Path("checkpoints/best.pt"))
     branch(tree, "--epochs", "3")
     assert saved("branch/best.pt").epoch == 3
-    assert "branch/best.pt is not of epoch 1, the best one" in capsys.readouterr().out
+    assert "branch/best.pt is missing, damaged or not of epoch 1" in capsys.readouterr().out
 
 
 @TINY
@@ -533,6 +533,20 @@ def test_the_same_command_continues_a_branch(tree, stop_after, capsys):
     assert saved("branch/latest.pt").config["run"] == begun.config["run"]
     pretrain(tree, epochs=3, checkpoint_dir="whole")
     assert saved("branch/latest.pt").step == saved("whole/latest.pt").step == 12
+
+
+@TINY
+def test_a_branch_of_an_older_version_is_continued(tree, stop_after, capsys):
+    pretrain(tree, epochs=2)
+    stop_after(step=9)
+    with pytest.raises(Preempted):
+        branch(tree, "--epochs", "3")
+    stop_after()
+    content = torch.load("branch/latest.pt", weights_only=True)
+    del content["config"]["branch_from"]
+    torch.save(content, "branch/latest.pt")
+    branch(tree, "--epochs", "3")
+    assert "resuming branch/latest.pt in epoch 3" in capsys.readouterr().out
 
 
 @TINY

@@ -28,7 +28,7 @@ from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.files import LOCK, check_output_folder, lock_folder, require_free_space
 from common.processes import ignore_stop_signals, usable_cpus
-from data.decoding import decode_rgb, open_image, read_bytes
+from data.decoding import decode_rgb, is_of_machine, open_image, read_bytes
 from data.imagenet import load_imagenet
 from data.images import ImageFiles
 from data.packed import (
@@ -200,7 +200,7 @@ def pack(
 def estimate_size(source: ImageFiles, shrink) -> float:
     """Bytes of a split when packed, with 5 % to spare, from SAMPLE of its images."""
     chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(int))
-    shrunk = [shrink(source, int(index)) for index in chosen]
+    shrunk = [stop_if_machine_fails(shrink(source, int(index))) for index in chosen]
     sizes = [len(image[0]) for image in shrunk if not isinstance(image, str)]
     return 1.05 * float(np.mean(sizes or [0])) * len(source)
 
@@ -217,7 +217,7 @@ def pack_split(
         worker_init_fn=ignore_stop_signals,
     )
     for position, image in tqdm(images, total=len(source), unit="image", desc=split, disable=None):
-        if isinstance(image, str):
+        if isinstance(stop_if_machine_fails(image), str):
             unreadable.append(image)
             tqdm.write(f"warning: {image}", file=sys.stderr)
         else:
@@ -226,8 +226,18 @@ def pack_split(
     return unreadable
 
 
+def stop_if_machine_fails(image):
+    """What shrink_image returns; UserError for an error that says nothing about the image."""
+    if isinstance(image, OSError):
+        raise UserError(f"{image}: run the same command again, which starts over") from image
+    return image
+
+
 def shrink_image(source: ImageFiles, index: int, *, short_side: int, quality: int):
-    """(JPEG file as uint8 tensor, height, width), or the reason why the image cannot be read."""
+    """(JPEG file as uint8 tensor, height, width), or the reason why the image cannot be read.
+
+    An error of the machine that says nothing about the image is returned as it is.
+    """
     path = source.path(index)
     try:
         encoded = read_bytes(path)
@@ -235,7 +245,7 @@ def shrink_image(source: ImageFiles, index: int, *, short_side: int, quality: in
         with open_image(io.BytesIO(encoded.numpy())) as image:
             is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     except OSError as error:
-        return str(error)
+        return error if is_of_machine(error) else str(error)
     shrunk = pixels
     if min(pixels.shape[1:]) > short_side:
         shrunk = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)

@@ -147,7 +147,7 @@ def predict(
     listing = np.array([os.fsencode(file) for file in files])
     source = ImageFiles(Path(), listing, np.zeros(len(files), dtype=np.int64))
     loader = EvalLoader(
-        EvalSet(source, transform),
+        EvalSet(source, transform, marks_all=True),
         batch_size=batch_size,
         workers=min(workers, len(files) // batch_size),
     )

@@ -1,5 +1,6 @@
 """Checkpoints: what is in them, written atomically, verified on load, one predecessor kept."""
 
+import errno
 import io
 import math
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, may_pass
 from common.files import replace_by_link, sync_folder, write_atomic
 
 LATEST, BEST, PREVIOUS = "latest.pt", "best.pt", "latest.prev.pt"
@@ -326,6 +327,8 @@ def _read(path: Path) -> tuple[TrainState, dict[str, dict]]:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except OSError as error:
+        if may_pass(error) and error.errno != errno.EIO:  # which is a bad sector, too
+            raise
         raise _Damaged(f"cannot be read ({error.strerror})") from error
     except Exception as error:  # zipfile raises many things on files that are not archives
         raise _Damaged("is damaged or not a checkpoint") from error

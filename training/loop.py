@@ -97,11 +97,12 @@ class TrainLoop:
         """Check that best.pt is of the best epoch; without it, refuse the run or choose anew."""
         if recover_best(self.run_dir.path, state):
             return
-        wanted = f"{self.run_dir.path / BEST} is not of epoch {state.best_epoch}, the best one"
+        best = self.run_dir.path / BEST
+        problem = f"{best} is missing, damaged or not of epoch {state.best_epoch}, the best one"
         if self.needs_best:
-            raise UserError(f"{wanted}: start again with --overwrite")
+            raise UserError(f"{problem}: start again with --overwrite")
         if state.epoch < self.epochs:
-            print(f"warning: {wanted}: it will be the best epoch from now on", flush=True)
+            print(f"warning: {problem}: that will be the best of the next epochs", flush=True)
             state.best_epoch = 0
 
     def log_history(self, state: TrainState) -> None:

@@ -34,7 +34,8 @@ def find_branch(resume: Path | None, checkpoint_dir: Path) -> Path | None:
     branch = checkpoint_dir / LATEST
     try:
         runs = [load_checkpoint(path)[0].config for path in (resume, branch)]
-        begun = (runs[0]["run"], resume.name) == (runs[1]["branch_of"], runs[1]["branch_from"])
+        source = runs[1]["branch_of"], runs[1].get("branch_from", resume.name)  # older: unknown
+        begun = source == (runs[0]["run"], resume.name)
     except (UserError, KeyError, TypeError):  # another run, which prepare_checkpoint_dir refuses
         begun = False
     return branch if begun else resume
