@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Splits:
     train: ImageFiles
     val: ImageFiles
     test: ImageFiles
+    other_files: Sequence[bytes] = ()  # below `root`, of other folds: the cache is for all folds
 
     @property
     def root(self) -> Path:
@@ -189,7 +191,7 @@ def read_fields(path: Path, separator: str | None, count: int) -> list[tuple[int
 
 
 class ExistingFiles:
-    """Whether files exist, by one listing per folder instead of one stat per file."""
+    """Which files exist, by one listing per folder instead of one stat per file."""
 
     def __init__(self, root: Path):
         self.root, self.names = root, {}
@@ -200,3 +202,12 @@ class ExistingFiles:
             path = self.root / folder
             self.names[folder] = set(os.listdir(path)) if path.is_dir() else set()
         return name in self.names[folder]
+
+    def images(self) -> list[str]:
+        """The images of all folders that have been asked for."""
+        found = (f"{folder}/{name}" for folder, names in self.names.items() for name in names)
+        return sorted(
+            file
+            for file in found
+            if file.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(file).startswith(".")
+        )

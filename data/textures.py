@@ -3,11 +3,13 @@
 The Describable Textures Dataset is from Cimpoi et al., Describing Textures in the Wild, CVPR 2014.
 """
 
+import os
 import re
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 
@@ -90,7 +92,8 @@ def load_dtd(data_dir: Path, fold: int) -> Splits:
         split: [(f"images/{image}", label_of[name]) for image, name in images]
         for split, images in listed.items()
     }
-    return make_splits(root, classes, relative)
+    every_image = [os.fsencode(f"images/{image}") for image in existing.images()]
+    return replace(make_splits(root, classes, relative), other_files=every_image)
 
 
 def download_dtd(data_dir: str | Path) -> None:

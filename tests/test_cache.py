@@ -17,6 +17,8 @@ from data import cache
 from data.cache import FOLDER, DecodedFiles, cache_folders, with_pixel_cache
 from data.images import TrainSet, spot_check
 from data.splits import SPLITS, fingerprint, make_stratified_splits
+from data.synthetic import write_dtd
+from data.textures import load_splits
 from data.transforms import EvalTransform, TrainTransform
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +90,16 @@ def test_all_folds_share_one_cache_and_decode_nothing_again(root, monkeypatch, c
     assert same(images(fold2), expected) and len(kept(root)) == 1
     spot_check(fold2.val)
     assert capsys.readouterr().out == ""
+
+
+def test_folds_of_dtd_that_lack_an_image_share_the_cache_too(tmp_path, capsys):
+    write_dtd(tmp_path / "dtd", images_per_class=6, folds=2, size=24, seed=1, num_classes=2)
+    listed = tmp_path / "dtd/labels/train1.txt"
+    listed.write_text("".join(listed.read_text().splitlines(keepends=True)[1:]))
+    for fold in (1, 2, 1):
+        splits = load_splits("dtd", tmp_path / "dtd", fold)
+        assert same(images(with_pixel_cache(splits, workers=0)), images(splits))
+    assert capsys.readouterr().out.count("decoding 12 images once") == 1
 
 
 @pytest.mark.parametrize("change", ["content", "content at the same time", "time", "new", "gone"])
