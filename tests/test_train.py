@@ -241,6 +241,7 @@ def test_the_values_of_the_recipe_act(dtd, monkeypatch, name, value):
     fine_tune(dtd, run_dir="other")
     other = Path("other") / RUN.name
     assert not same(best(), best(other)) and results(other)["settings"][name] == value
+    assert "num_folds" not in results(other)["settings"]  # which only --dataset folder has
 
 
 @TINY
