@@ -74,8 +74,9 @@ def with_pixel_cache(
     """
     # All images of the dataset, whichever split they are in.
     parts = [getattr(splits, split) for split in SPLITS]
-    listed = [name for part in parts for name in part.files.tolist()]
-    files = np.unique(np.array([*listed, *splits.other_files]))
+    files = np.unique(
+        np.concatenate([*(part.files for part in parts), np.array(splits.all_files, "S")])
+    )
     everything = ImageFiles(splits.root, files, np.zeros(len(files), np.int64))
 
     # Open the cache, or write it in the first place where that is possible.

@@ -36,7 +36,7 @@ class Splits:
     train: ImageFiles
     val: ImageFiles
     test: ImageFiles
-    other_files: Sequence[bytes] = ()  # below `root`, of other folds: the cache is for all folds
+    all_files: Sequence[bytes] = ()  # of all folds, if this one may lack some; for the cache
 
     @property
     def root(self) -> Path:
@@ -107,7 +107,7 @@ def list_images(root: Path, folder: str, left_out: Counter | None = None) -> lis
         here = os.path.relpath(place, root)
         prefix = "" if here == "." else f"{here}/"
         names = [name for name in names if not name.startswith(".")]
-        found += [prefix + name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+        found += [prefix + name for name in names if is_image(name)]
         if left_out is not None:
             suffixes = (os.path.splitext(name)[1].lower() for name in names)
             left_out.update(suffix for suffix in suffixes if suffix in LEFT_OUT_SUFFIXES)
@@ -122,6 +122,11 @@ def list_images(root: Path, folder: str, left_out: Counter | None = None) -> lis
                 kept.append(name)
         folders[:] = kept
     return sorted(found)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image, and not hidden."""
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
 def _is_skipped(folder: str) -> bool:
@@ -204,10 +209,6 @@ class ExistingFiles:
         return name in self.names[folder]
 
     def images(self) -> list[str]:
-        """The images of all folders that have been asked for."""
-        found = (f"{folder}/{name}" for folder, names in self.names.items() for name in names)
-        return sorted(
-            file
-            for file in found
-            if file.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(file).startswith(".")
-        )
+        """The images of all folders that have been asked for, in no order."""
+        listed = self.names.items()
+        return [f"{folder}/{name}" for folder, names in listed for name in names if is_image(name)]

@@ -92,8 +92,8 @@ def load_dtd(data_dir: Path, fold: int) -> Splits:
         split: [(f"images/{image}", label_of[name]) for image, name in images]
         for split, images in listed.items()
     }
-    every_image = [os.fsencode(f"images/{image}") for image in existing.images()]
-    return replace(make_splits(root, classes, relative), other_files=every_image)
+    all_files = [os.fsencode(f"images/{image}") for image in existing.images()]
+    return replace(make_splits(root, classes, relative), all_files=all_files)
 
 
 def download_dtd(data_dir: str | Path) -> None:

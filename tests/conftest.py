@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 from common.processes import STOP_SIGNALS
@@ -84,6 +85,24 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit_files
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(errno.EIO, 2, "1.jpg"): the next two attempts to read such a file fail."""
+    from data import decoding
+
+    read, left = decoding._read_once, []
+
+    def fail(path):
+        if left and fnmatch(path.name, left[-1][1]):
+            number, _ = left.pop()
+            raise OSError(number, os.strerror(number), str(path))
+        return read(path)
+
+    monkeypatch.setattr(decoding, "_read_once", fail)
+    monkeypatch.setattr(decoding, "RETRY_AFTER", (0, 0))
+    return lambda number, times, name: left.extend([(number, name)] * times)
 
 
 @pytest.fixture

@@ -123,6 +123,11 @@ def test_a_machine_without_a_compiler_leaves_the_compiled_row_out(monkeypatch, c
     assert "ours, TwistNet-18, fused STCI / ours, ResNet-18: time " in out
 
 
+def test_a_memory_process_that_dies_costs_its_row_only(monkeypatch, capfd):
+    assert step.measure_peak_memory("no network", "auto", batch_size=2, img_size=32) is None
+    assert "no network" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("what", "on_gpu", "batch_size"),
     [("step", True, 256), ("step", False, 32), ("joint", True, 256), ("sweep", True, 32)],

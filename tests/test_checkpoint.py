@@ -217,6 +217,19 @@ def test_a_checkpoint_that_the_file_server_withholds_is_not_taken_for_damaged(sa
                 read()
 
 
+def test_a_checkpoint_on_a_bad_sector_is_damaged(saved, monkeypatch):
+    read = zipfile.ZipFile
+
+    def fail(path):
+        if path.name == LATEST:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(zipfile, "ZipFile", fail)
+    _, _, warning = load_checkpoint(saved / LATEST)
+    assert "latest.pt cannot be read (Input/output error); resuming from" in warning
+
+
 # ------------------------------------------------------------------ saves that fail
 
 

@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +35,6 @@ def write_listing(root, count, *, classes=2, broken=()):
             (root / name).write_bytes(damage[i % 3](data))
     labels = np.sort(np.arange(count) % classes)
     return ImageFiles(root, np.array([name.encode() for name in names]), labels)
-
-
-@pytest.fixture
-def failing(monkeypatch):
-    """failing(errno.EIO, 2, "1.jpg"): the next two attempts to read such a file fail."""
-    read, left = decoding._read_once, []
-
-    def fail(path):
-        if left and fnmatch(path.name, left[-1][1]):
-            number, _ = left.pop()
-            raise OSError(number, os.strerror(number), str(path))
-        return read(path)
-
-    monkeypatch.setattr(decoding, "_read_once", fail)
-    monkeypatch.setattr(decoding, "RETRY_AFTER", (0, 0))
-    return lambda number, times, name: left.extend([(number, name)] * times)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.EIO, errno.ETIMEDOUT])

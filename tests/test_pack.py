@@ -2,7 +2,6 @@
 
 import errno
 import io
-import os
 import shutil
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from common.errors import Busy, UserError
-from data import decoding, packed
+from data import packed
 from data.decoding import read_rgb
 from data.imagenet import load_imagenet
 from data.packed import MANIFEST
@@ -194,12 +193,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_succeeds_later(tree, monke
     assert len(load_imagenet(run(tree))[0]) == 12
 
 
-def test_a_file_server_that_fails_leaves_no_image_out(tree, monkeypatch):
-    def fail(path):
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-
-    monkeypatch.setattr(decoding, "_read_once", fail)
-    monkeypatch.setattr(decoding, "RETRY_AFTER", ())
+def test_a_file_server_that_fails_leaves_no_image_out(tree, failing):
+    failing(errno.ESTALE, 100, "*")
     with pytest.raises(UserError, match=r"Stale file handle: .*: run the same command again"):
         run(tree, "--skip_unreadable")
     assert not (tree.parent / "packed" / MANIFEST).exists()

@@ -3,7 +3,6 @@
 import csv
 import errno
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from data import decoding
 from data.images import read_rgb
 from data.transforms import EvalTransform, normalise
 from models import build_model
@@ -146,25 +144,14 @@ def test_wrong_input_is_a_one_line_error(checkpoint, words, told):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_on_a_bad_sector_is_named_and_the_others_are_classified(
-    checkpoint, monkeypatch, capsys
-):
+def test_a_file_on_a_bad_sector_is_named_and_the_others_are_classified(checkpoint, failing, capsys):
     for name in ("a.png", "b.png"):
         write_image(Path(name), 1)
-    read = decoding._read_once
-
-    def fail(path):
-        if path.name == "a.png":
-            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return read(path)
-
-    monkeypatch.setattr(decoding, "_read_once", fail)
-    monkeypatch.setattr(decoding, "RETRY_AFTER", ())
+    failing(errno.EIO, 100, "a.png")
     with pytest.raises(SystemExit):
         call("--weights", checkpoint, "a.png", "b.png", "--csv", "out.csv")
-    assert [line.split(",")[0] for line in Path("out.csv").read_text().splitlines()[1:]] == [
-        "b.png"
-    ]
+    rows = list(csv.DictReader(Path("out.csv").read_text().splitlines()))
+    assert [row["file"] for row in rows] == ["b.png"]
     assert "Input/output error: 'a.png'" in "".join(capsys.readouterr())
 
 

@@ -518,13 +518,18 @@ def test_a_branch_needs_a_folder_of_its_own(tree):
         branch(tree, "--epochs", "2")
 
 
-@TINY
-def test_the_same_command_continues_a_branch(tree, stop_after, capsys):
+def interrupt_branch(tree, stop_after):
+    """Make a branch of a finished run, and stop it after its tenth step."""
     pretrain(tree, epochs=2)
     stop_after(step=9)
     with pytest.raises(Preempted):
         branch(tree, "--epochs", "3")
     stop_after()
+
+
+@TINY
+def test_the_same_command_continues_a_branch(tree, stop_after, capsys):
+    interrupt_branch(tree, stop_after)
     begun = saved("branch/latest.pt")
     assert (begun.step, begun.config["branch_of"]) == (10, saved().config["run"])
     capsys.readouterr()
@@ -537,11 +542,7 @@ def test_the_same_command_continues_a_branch(tree, stop_after, capsys):
 
 @TINY
 def test_a_branch_of_an_older_version_is_continued(tree, stop_after, capsys):
-    pretrain(tree, epochs=2)
-    stop_after(step=9)
-    with pytest.raises(Preempted):
-        branch(tree, "--epochs", "3")
-    stop_after()
+    interrupt_branch(tree, stop_after)
     content = torch.load("branch/latest.pt", weights_only=True)
     del content["config"]["branch_from"]
     torch.save(content, "branch/latest.pt")

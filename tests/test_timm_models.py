@@ -161,11 +161,7 @@ def test_weight_decay_spares_what_timm_names():
         ("twistnet18", 1.846, 5e-4),
         ("timm/deit_tiny_patch16_224", 1.258, 2e-2),  # the paper of DeiT says 1.3
         ("timm/convnext_tiny", 4.456, 1e-2),
-        (
-            "timm/pit_ti_224",
-            0.7,
-            2e-2,
-        ),  # PiT's paper; it passes on a view of a parameter
+        ("timm/pit_ti_224", 0.7, 2e-2),  # PiT's paper; it passes on a view of a parameter
     ],
 )
 def test_multiply_adds_are_those_published(name, gmacs, tolerance):

@@ -256,10 +256,11 @@ class Checkpointer:
 def recover_best(folder: Path, state: TrainState) -> bool:
     """Whether best.pt is of the state's best epoch, after completing a save that was killed."""
     best, fresh = folder / BEST, folder / FRESH_BEST
-    if fresh.exists() and _epoch_of(fresh) == state.best_epoch:
+    is_completed = fresh.exists() and _epoch_of(fresh) == state.best_epoch
+    if is_completed:
         os.replace(fresh, best)
     fresh.unlink(missing_ok=True)
-    return not state.best_epoch or _epoch_of(best) == state.best_epoch
+    return is_completed or not state.best_epoch or _epoch_of(best) == state.best_epoch
 
 
 def _epoch_of(path: Path) -> int | None:

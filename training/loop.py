@@ -37,8 +37,8 @@ class TrainLoop:
 
     lr_schedule: global step -> learning rate.  loggers: called with the history after each epoch.
     extra_columns: more columns for the log, read at the end of each epoch.  validate_every: epochs
-    from one validation to the next; the last epoch always has one.  needs_best: a resumed run
-    without its best.pt is refused; otherwise another epoch becomes the best one.
+    from one validation to the next; the last epoch always has one.  needs_best: refuse to
+    resume a run whose best.pt is missing or damaged, instead of letting a later epoch be the best.
     """
 
     def __init__(
@@ -94,7 +94,10 @@ class TrainLoop:
             self.unreadable.files = set(state.unreadable)
 
     def restore_best(self, state: TrainState) -> None:
-        """Check that best.pt is of the best epoch; without it, refuse the run or choose anew."""
+        """Check that best.pt belongs to the best epoch; if not, let a later epoch be the best.
+
+        Raises UserError instead if `needs_best`.
+        """
         if recover_best(self.run_dir.path, state):
             return
         best = self.run_dir.path / BEST

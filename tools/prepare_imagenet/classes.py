@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from common.errors import UserError
+from data.splits import is_image
 
 SPLITS = ("train", "val")
 BLOCK = 512  # bytes: tar's unit
@@ -127,10 +126,6 @@ def is_complete(source: ClassSource, out: Path) -> bool:
 def list_folder(folder: Path) -> list[str]:
     """Names of the images directly in `folder`, sorted."""
     return sorted(e.name for e in os.scandir(folder) if is_image(e.name) and e.is_file())
-
-
-def is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from torchvision.datasets.imagenet import ARCHIVE_META
 
 from common.errors import UserError
 from common.files import read_text
+from data.splits import is_image
 from tools.prepare_imagenet.classes import (
     ClassSource,
     FolderClass,
     TarClass,
-    is_image,
     list_folder,
     open_tar,
     read_members,
