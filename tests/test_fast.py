@@ -312,3 +312,41 @@ def test_a_network_that_does_not_take_every_size_of_the_run_is_refused_at_the_st
             + ["--model", "timm/hrnet_w18_small", "--img_size", "64", "--batch_size", "4"]
         )
     assert not Path("checkpoints/latest.pt").exists()
+
+
+# ---------------------------------------------------------------- weight decay
+
+
+def decays(tree, monkeypatch, *flags):
+    """The weight decay of each parameter group that a run trains with."""
+    made = []
+    monkeypatch.setattr(
+        Trainer, "__post_init__", lambda t, init=Trainer.__post_init__: made.append(t) or init(t)
+    )
+    pretrain(tree, *flags, epochs=1)
+    return [group["weight_decay"] for group in made[0].optimizer.param_groups]
+
+
+@TINY
+def test_an_epoch_decays_as_much_as_one_of_imagenet(tree, monkeypatch, capsys):
+    expected = 5e-5 * 1_281_167 / 18
+    assert decays(tree, monkeypatch) == pytest.approx([expected, 0])
+    assert "weight decay 3.56 (5e-05 × 1,281,167 / 18), 1 epochs of 4" in capsys.readouterr().out
+    flags = ("--weight_decay", "1e-5", "--checkpoint_dir", "other")
+    assert decays(tree, monkeypatch, *flags) == pytest.approx([expected / 5, 0])
+
+
+@TINY
+def test_a_checkpoint_from_before_the_decay_was_scaled_keeps_its_own(tree, stop_after, capsys):
+    stop_after(step=1)
+    with pytest.raises(Preempted):
+        pretrain(tree)
+    stop_after()
+    content = torch.load("checkpoints/latest.pt", weights_only=True)
+    del content["config"]["weight_decay_images"]
+    content["optimizer"]["param_groups"][0]["weight_decay"] = 5e-5
+    torch.save(content, "checkpoints/latest.pt")
+    pretrain(tree)
+    assert "weight decay" not in capsys.readouterr().out.split("resuming")[1]
+    saved = torch.load("checkpoints/latest.pt", weights_only=True)
+    assert saved["optimizer"]["param_groups"][0]["weight_decay"] == 5e-5

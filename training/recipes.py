@@ -25,6 +25,7 @@ PRETRAIN = {
         "lr": 0.1,
         "lr_images": 256,  # the batch that lr is for: linear scaling, Goyal et al. arXiv:1706.02677
         "weight_decay": 1e-4,  # of convolutions and linear layers only
+        "weight_decay_images": None,  # weight_decay does not depend on the training set
         "momentum": 0.9,
         "nesterov": True,
         "schedule": "cosine",
@@ -49,6 +50,7 @@ PRETRAIN = {
         "lr": 5e-3,
         "lr_images": None,  # lr is not scaled with the batch
         "weight_decay": 0.01,
+        "weight_decay_images": None,
         "schedule": "timm_cosine",
         "warmup_epochs": 5,
         "warmup_lr": 1e-4,
@@ -75,6 +77,9 @@ PRETRAIN = {
         "lr": 0.1,
         "lr_images": 256,
         "weight_decay": 5e-5,
+        # The training set that weight_decay is for. A smaller one has fewer steps per epoch, which
+        # decay more, so that an epoch decays as much: Wang and Aitchison 2024, arXiv:2405.13698.
+        "weight_decay_images": 1_281_167,
         "momentum": 0.9,
         "nesterov": True,
         "schedule": "linear",
@@ -124,7 +129,8 @@ _RENAMED = {
 def upgrade_pretrain_config(config: dict) -> dict:
     """Translate an older checkpoint's configuration to current names, without changing it."""
     name = config.get("recipe", "guide")
-    upgraded = {"recipe": name, **PRETRAIN[name], "clip_norm": 0, **config}
+    added = {"clip_norm": 0, "weight_decay_images": None}  # later than the oldest checkpoints
+    upgraded = {"recipe": name, **PRETRAIN[name], **added, **config}
     for name in ("loss", "schedule"):
         upgraded[name] = _RENAMED.get(upgraded[name], upgraded[name])
     return upgraded
