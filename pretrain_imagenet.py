@@ -46,7 +46,7 @@ from training.checkpoint import (
     require_checkpoint,
 )
 from training.distributed import DistributedContext, init_distributed, shut_down_distributed
-from training.engine import LOSSES, Evaluator, Trainer, choose_precision
+from training.engine import LOSSES, Evaluator, Trainer, check_precision, choose_precision
 from training.export import write_weights
 from training.loop import TrainLoop
 from training.optim import count_warmup_steps, make_optimizer, make_schedule
@@ -268,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     # The state: of a new run, or of the one to resume.
     state, tensors = open_state(args, given, train, classes, context)
     config = state.config
+    check_precision(context.device, config["precision"])
     sampler = make_sampler(len(train), config, context)
     check_epochs(state, sampler.steps_per_epoch)
     with run_dir.recording_failure(active=context.is_main):
@@ -325,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # The weights.
         if context.is_main:
-            export(args, state, model)
+            export(args, state, model, len(val))
             run_dir.write_status("finished", epoch=args.epochs)
     shut_down_distributed()
 
@@ -623,7 +624,9 @@ def make_weights_dir(folder: Path) -> None:
         raise UserError(f"--weights_dir {folder}: {error.strerror}") from error
 
 
-def export(args: argparse.Namespace, state: TrainState, model: torch.nn.Module) -> None:
+def export(
+    args: argparse.Namespace, state: TrainState, model: torch.nn.Module, num_val_images: int
+) -> None:
     """Write the last epoch's weights into both folders."""
     last = state.history[-1]
     record = {
@@ -633,6 +636,7 @@ def export(args: argparse.Namespace, state: TrainState, model: torch.nn.Module) 
         "epochs": state.epoch,
         "top1": last["val_top1"],
         "top5": last["val_top5"],
+        "val_images": num_val_images,
         "img_size": args.img_size,
         "recipe": state.config,
         "seed": args.seed,

@@ -42,7 +42,7 @@ from training.checkpoint import (
     load_tensors,
 )
 from training.distributed import DistributedContext, init_distributed
-from training.engine import EvalMetrics, Evaluator, Trainer, choose_precision
+from training.engine import EvalMetrics, Evaluator, Trainer, check_precision, choose_precision
 from training.loop import TrainLoop
 from training.optim import make_optimizer, make_schedule
 from training.preemption import StopRequest
@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     # The process, and the run's folder.
     context = init_distributed()
     config = make_config(args, splits, context.device)
+    check_precision(context.device, config["precision"])
     stop = StopRequest()
     run_dir = RunDir(run_folder(args))
     run_dir.lock()

@@ -22,6 +22,7 @@ from common.errors import (
     UserError,
     may_pass,
 )
+from common.files import printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +34,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        if "" in args:  # as a path it would be the working folder
+            self.error("a word of the command line is empty: is a variable of the shell not set?")
         return super().parse_known_args([_with_underscores(word) for word in args], namespace)
 
     def error(self, message: str):
@@ -72,9 +75,11 @@ def at_least(minimum: float, kind: type = int) -> Callable[[str], float]:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not minimum <= value < 2**63:
-            noun = "an integer" if kind is int else "a number"
+        noun = "an integer" if kind is int else "a number"
+        if not minimum <= value:
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun} of at least {minimum}")
+        if value >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r} is too large: it must be below 2^63")
         return value
 
     return parse
@@ -195,6 +200,13 @@ _OUT_OF_MEMORY = (
 )
 
 
+# Of a path that the user gave: without permission, through a file, too long; not of a full disk.
+_WRONG_PATH = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+}
+
+
 def explain_error(error: BaseException) -> tuple[str, int] | None:
     """The line and the exit code for an error; None for a bug, which deserves its traceback."""
     text = str(error)
@@ -224,7 +236,8 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
             return f"error: {advice}", EXIT_FAILED
     if re.search(_OUT_OF_MEMORY, text, re.IGNORECASE) or isinstance(error, MemoryError):
         detail = text.splitlines()[0] if text else "MemoryError"
-        return f"error: out of memory: use a smaller --batch_size ({detail})", EXIT_FAILED
+        advice = "use a smaller --batch_size or --img_size"
+        return f"error: out of memory: {advice} ({detail})", EXIT_FAILED
     if isinstance(error, RuntimeError) and ("gloo/transport" in text or "NCCL" in text):
         detail = text.strip().splitlines()[-1]
         return (
@@ -232,8 +245,10 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
             f"same command again, as torchrun --max_restarts does ({detail})",
             EXIT_FAILED,
         )
-    if isinstance(error, OSError):  # a full disk or a folder without permission
-        return f"error: {text}", EXIT_FAILED
+    if isinstance(error, OSError):
+        if error.filename is not None and error.strerror:
+            text = f"{printable(error.filename)}: {error.strerror}"
+        return f"error: {text}", EXIT_USAGE if error.errno in _WRONG_PATH else EXIT_FAILED
     return None
 
 

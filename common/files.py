@@ -36,15 +36,20 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = printable(path)  # a full disk names no file, others the temporary one
         raise
     sync_folder(path.parent)
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name: processes in two containers, or on two machines, can have the same number."""
-    return path.with_name(TEMPORARY.format(name=path.name, unique=secrets.token_hex(4)))
+    """A new name: processes in two containers, or on two machines, can have the same number.
+
+    It is valid where that of `path` is: a name has at most 255 bytes, and a character up to four.
+    """
+    return path.with_name(TEMPORARY.format(name=path.name[:60], unique=secrets.token_hex(4)))
 
 
 def sync_folder(folder: Path) -> None:
@@ -98,7 +103,7 @@ def require_free_space(folder: Path, needed: float) -> None:
 def check_outputs(
     paths: Iterable[Path], *, flag: str, mark: bytes, inputs: Iterable[Path] = ()
 ) -> None:
-    """Raise UserError if writing one of `paths` would destroy a file that this tool did not write.
+    """Raise UserError if one of `paths` cannot be written, or is a file of somebody else.
 
     A file among `inputs` is never overwritten. Any other file that exists is overwritten only if it
     contains `mark`: bytes that the tool writes near the start or the end of all its files.
@@ -119,6 +124,14 @@ def check_outputs(
                 f"{flag} would overwrite {printable(path)}, which this tool did not write: choose "
                 "another name or folder, or remove the file"
             )
+        try:
+            temporary = temporary_beside(path)
+            temporary.touch()
+            temporary.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{flag} {printable(path)}: cannot be written ({error.strerror})"
+            ) from error
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

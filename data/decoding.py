@@ -61,11 +61,16 @@ def _retry(read: Callable[[Path], object], path: Path):
 
 
 def _read_once(path: Path) -> torch.Tensor:
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=_open_at_once) as file:
         data, size = np.empty(os.fstat(file.fileno()).st_size, np.uint8), 0
         while count := file.readinto(data[size:]):
             size += count
     return torch.from_numpy(data[:size])
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a named pipe without waiting for its writer: it reads as an empty file."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_of_machine(error: Exception) -> bool:
@@ -107,7 +112,7 @@ def check_header(path: Path) -> None:
 
 
 def _check_header_once(path: Path) -> None:
-    with open_image(path) as image:
+    with open(path, "rb", opener=_open_at_once) as file, open_image(file) as image:
         _check_mode(image)
 
 

@@ -66,7 +66,15 @@ def _load_packed(root: Path) -> tuple[PackedImages, PackedImages, list[str]]:
     if missing:
         raise UserError(f"{root / MANIFEST} has no {missing[0]} images: pack a tree that has them")
     train, val = (PackedImages(root, split, splits[split]) for split in ("train", "val"))
-    return train, val, manifest["classes"]
+    classes = manifest["classes"]
+    for packed in (train, val):
+        empty = set(range(len(classes))) - set(np.unique(packed.labels).tolist())
+        if empty:
+            raise UserError(
+                f"{root} has no {packed.split} images of class {classes[min(empty)]}: pack again, "
+                "from a tree that has images of every class in train/ and val/"
+            )
+    return train, val, classes
 
 
 def list_tree(root: Path) -> tuple[ImageFiles, list[str]]:

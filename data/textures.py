@@ -119,13 +119,19 @@ def download_dtd(data_dir: str | Path) -> None:
         ) from error
 
 
+SPLIT_FOLDERS = {
+    *("train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation")
+}
+
+
 def load_folder(data_dir: Path, fold: int, *, num_folds: int = 10) -> Splits:
     """Any folder of class folders, images at any depth; folds 1 to `num_folds` are shuffles."""
     check_fold(fold, list(range(1, num_folds + 1)), f"--num_folds {num_folds}")
     names = list_class_folders(data_dir)
-    if names and set(names) <= {"train", "val", "valid", "validation", "test"}:
+    splits = [name for name in names if name.lower() in SPLIT_FOLDERS]
+    if len(splits) > 1 or (splits and splits == names):
         raise UserError(
-            f"--data_dir {data_dir}: {', '.join(names)} are splits, not classes;"
+            f"--data_dir {data_dir}: {', '.join(splits)} are splits, not classes;"
             " give one of them: folds are made from a folder of class folders"
         )
     return make_stratified_splits(data_dir, fold)

@@ -199,6 +199,13 @@ def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
     return {"source": SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
 
 
+# What our own checkpoints hold; of other people's, a value of another type is ignored.
+_CONFIG_TYPES = {
+    **dict.fromkeys(("model", "dataset", "data_dir", "precision"), str),
+    **dict.fromkeys(("fold", "num_folds", "img_size", "batch_size", "test_resize"), int),
+}
+
+
 def load_trained(path: str | Path, *, img_size: int | None = None) -> tuple[nn.Module, dict]:
     """Load a trained network with its classifier, in eval mode, from a checkpoint or weights file.
 
@@ -213,6 +220,7 @@ def load_trained(path: str | Path, *, img_size: int | None = None) -> tuple[nn.M
     recipe = (record or {}).get("recipe")
     recorded = {**(record or {}), **(recipe if isinstance(recipe, dict) else {})}
     config = file.config or recorded
+    config = {k: v for k, v in config.items() if isinstance(v, _CONFIG_TYPES.get(k, object))}
 
     # The network: one of ours by its tensors, one of timm's by the name that is recorded.
     claimed, built_for = str(config.get("model")), None
@@ -237,7 +245,9 @@ def load_trained(path: str | Path, *, img_size: int | None = None) -> tuple[nn.M
     return model.eval(), {
         "model": name,
         "num_classes": num_classes,
-        "classes": names if isinstance(names, list) and len(names) == num_classes else None,
+        "classes": list(map(str, names))
+        if isinstance(names, list) and len(names) == num_classes
+        else None,
         "config": config,
         "record": record,
         "path": str(file.path),

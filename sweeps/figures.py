@@ -6,6 +6,8 @@ too, so that a print in grey can be read. Widths are for a page of two columns.
 
 import io
 import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,11 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 WIDTH = 7.2  # inches
 SHARES = [0, 1, 5, 10, 20, 40, 60, 80, 100]  # ticks of the confusion's colour bar, percent
-CHINESE = ["Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "SimHei"]
+# Fonts for Chinese and Japanese, used where they are installed.
+CJK_FONTS = [
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei"),
+    *("WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "SimHei"),
+]
 AUTHOR_KEYS = {".png": "Software", ".pdf": "Creator", ".svg": "Creator"}  # of the metadata
 STYLE = {
     "font.size": 9,
@@ -57,12 +63,20 @@ def new_figure(path: Path, height: float, width: float = WIDTH, *, author: str =
     """
     matplotlib = import_matplotlib()
     installed = matplotlib.font_manager.get_font_names()
-    fonts = ["DejaVu Sans", *(name for name in CHINESE if name in installed)]
+    fonts = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
     with matplotlib.rc_context({**STYLE, "font.sans-serif": fonts}):
         figure = matplotlib.figure.Figure(figsize=(width, height))
         yield figure
         picture, metadata = io.BytesIO(), {AUTHOR_KEYS[path.suffix]: mark_of(author).decode()}
-        figure.savefig(picture, format=path.suffix[1:], metadata=metadata)
+        with warnings.catch_warnings(record=True) as caught:  # two lines for each missing glyph
+            warnings.simplefilter("always")
+            figure.savefig(picture, format=path.suffix[1:], metadata=metadata)
+        if any("missing from font" in str(warning.message) for warning in caught):
+            print(
+                f"{path}: no installed font has all characters of these names, and boxes take "
+                "their place: install one that has, such as Noto Sans CJK",
+                file=sys.stderr,
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, picture.getvalue())
 

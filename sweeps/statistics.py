@@ -130,7 +130,7 @@ def compare(
         else:
             low, high, p = corrected_t(differences, ratio)
             if p is None:
-                untested = "no p, as all differences are equal"
+                untested = "no interval and no p, as all differences are equal"
 
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
     return Comparison(
@@ -147,18 +147,20 @@ def compare(
     )
 
 
-def corrected_t(differences: Sequence[float], ratio: float) -> tuple[float, float, float | None]:
+def corrected_t(
+    differences: Sequence[float], ratio: float
+) -> tuple[float | None, float | None, float | None]:
     """95 % interval and two-sided p of a mean difference, as (low, high, p).
 
     Corrected resampled t test: the variance of the mean is (1/n + n_test/n_train) s² in place of
     s²/n, with n - 1 degrees of freedom (C. Nadeau and Y. Bengio, Inference for the Generalization
-    Error, Machine Learning 52, 2003). Differences without any spread have no p, unless all are 0
+    Error, Machine Learning 52, 2003). Differences without any spread have neither, unless all are 0
     (p = 1).
     """
     d = np.asarray(differences, dtype=float)
     n, mean, variance = len(d), float(d.mean()), float(d.var(ddof=1))
     if math.sqrt(variance) < SAME:
-        return mean, mean, 1.0 if abs(mean) < SAME else None
+        return (0.0, 0.0, 1.0) if abs(mean) < SAME else (None, None, None)
     student_t = _scipy_stats().t(df=n - 1)
     error = math.sqrt((1 / n + ratio) * variance)
     half = float(student_t.ppf(0.975)) * error

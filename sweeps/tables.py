@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import UserError
 from common.files import write_atomic
 from sweeps.comparison import Row, count, footnotes, make_rows, pick_baseline
 from sweeps.runs import Sweep, read_sweep
@@ -49,13 +50,23 @@ def write_tables(run_dir: Path, *, dataset: str, notes: Sequence[str] = ()) -> s
 
 
 def write_table_files(sweep: Sweep, rows: Sequence[Row], baseline: str, folder: Path) -> str:
-    """Write table.md, .csv, .tex and runs.csv into a folder, and return the Markdown."""
+    """Write table.md, .csv, .tex and runs.csv into a folder, and return the Markdown.
+
+    Raises UserError, and prints the Markdown, where the folder cannot be written.
+    """
     notes = footnotes(sweep, rows, baseline)
     markdown = to_markdown(rows, notes)
-    write_atomic(folder / "table.md", markdown)
-    write_atomic(folder / "table.csv", to_csv(rows, baseline))
-    write_atomic(folder / "table.tex", to_latex(rows, notes))
-    write_atomic(folder / "runs.csv", runs_csv(sweep))
+    try:
+        write_atomic(folder / "table.md", markdown)
+        write_atomic(folder / "table.csv", to_csv(rows, baseline))
+        write_atomic(folder / "table.tex", to_latex(rows, notes))
+        write_atomic(folder / "runs.csv", runs_csv(sweep))
+    except OSError as error:
+        print(markdown)
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): copy the runs to another folder to "
+            "get files of this table"
+        ) from error
     return markdown
 
 

@@ -79,7 +79,8 @@ def test_given_names_the_flags_of_the_command_line(parser, words, expected):
         (["--batch_size", "0"], "--batch_size: '0' is not an integer of at least 1"),
         (["--batch-size", "1.5"], "'1.5' is not an integer of at least 1"),
         (["--lr", "nan"], "'nan' is not a number of at least 0"),
-        (["--lr", "inf"], "'inf' is not a number"),
+        (["--lr", "inf"], "'inf' is too large: it must be below 2^63"),
+        (["--data_dir", ""], "a word of the command line is empty"),
         (["--lr", "-1"], "'-1' is not a number"),
         (["--lr", "fast"], "'fast' is not a number"),
         (["--batch", "4"], "unrecognized arguments: --batch 4"),  # no guessing by abbreviation
@@ -151,8 +152,11 @@ def outcome(error, capsys, **options):
         (
             OSError(28, "No space left on device", "results.json"),
             1,
-            "error: [Errno 28] No space left on device: 'results.json'\n",
+            "error: results.json: No space left on device\n",
         ),
+        (PermissionError(13, "Permission denied", "a"), 2, "error: a: Permission denied\n"),
+        (OSError(36, "File name too long", "a"), 2, "error: a: File name too long\n"),
+        (FileNotFoundError(2, "No such file", "a"), 1, "error: a: No such file\n"),
         (
             OSError(
                 "Caught OSError in DataLoader worker process 0.\nOriginal Traceback …\nOSError: x"
@@ -191,7 +195,7 @@ def test_exit_codes_and_their_one_line(capsys, error, code, line):
 def test_out_of_memory_is_one_line_that_names_the_flag(capsys, kind, text):
     error = kind(f"{text}\nmore\nlines" if text else "")
     code, line = outcome(error, capsys)
-    assert code == 1 and line.startswith("error: out of memory: use a smaller --batch_size (")
+    assert code == 1 and line.startswith("error: out of memory: use a smaller --batch_size or")
     assert text in line and "more" not in line
 
 

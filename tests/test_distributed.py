@@ -1,10 +1,14 @@
 """training/distributed.py: torchrun's environment, whole, incomplete or wrong."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from common.errors import UserError
-from training.distributed import DistributedContext, init_distributed
+from training.distributed import DistributedContext, agree_on_token, init_distributed
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -87,3 +91,35 @@ def test_more_processes_than_gpus_is_one_line_that_names_both(monkeypatch):
     assert chosen == []
     assert with_environment(monkeypatch, LOCAL_RANK="1", WORLD_SIZE="1").device.index == 1
     assert chosen == [torch.device("cuda", 1)]
+
+
+# ---------------------------------------------------------------- restarts
+
+
+def start(store, order, pause=0.02):
+    """The words on which ranks agree that start one after the other, by rank."""
+    with ThreadPoolExecutor(len(order)) as pool:
+        futures = {}
+        for rank in order:
+            futures[rank] = pool.submit(agree_on_token, store, rank, len(order))
+            time.sleep(pause)
+        return [futures[rank].result(timeout=20) for rank in range(len(order))]
+
+
+def test_ranks_agree_in_any_order_and_never_with_those_of_an_earlier_start():
+    store = dist.HashStore()
+    seen = set()
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):  # restarts, all with one store
+        words = start(store, order)
+        assert len(set(words)) == 1 and words[0] not in seen
+        seen.update(words)
+
+
+def test_what_a_start_that_failed_left_in_the_store_is_not_used():
+    store = dist.HashStore()
+    for rank in range(3):
+        store.set(f"hello {rank}", f"dead {rank}")
+    store.set("token for dead 1", "dead 0")
+    store.set("dead 1 has dead 0", "")
+    words = start(store, [0, 2, 1], pause=0.2)
+    assert len(set(words)) == 1 and words[0] != "dead 0"

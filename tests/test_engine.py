@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.errors import UserError
 from data.images import Sample
 from training.distributed import DistributedContext
-from training.engine import EvalMetrics, Trainer, choose_precision, evaluate
+from training.engine import EvalMetrics, Trainer, check_precision, choose_precision, evaluate
 from training.optim import make_sgd
 
 CONTEXT = DistributedContext()
@@ -218,6 +219,13 @@ def test_precision_with_cuda(monkeypatch, amp, capability, expected):
     # what emulation would answer
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda *_: True)
     assert choose_precision(torch.device("cuda"), amp) == expected
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    check_precision(torch.device("cuda"), "fp16")
+    if capability >= (8, 0):
+        check_precision(torch.device("cuda"), "bf16")
+    else:  # a run that was started on another machine
+        with pytest.raises(UserError, match="the run is in bf16, which Tesla T4 does not have"):
+            check_precision(torch.device("cuda"), "bf16")
 
 
 @pytest.fixture

@@ -129,16 +129,41 @@ def test_size_resize_and_mirror_images(unchanged, capsys):
 
 
 @pytest.mark.parametrize(
-    ("percent", "count", "images", "told"),
+    ("percent", "count", "images", "recorded", "told"),
     [
-        (70.0, 7, 10, " (7): the same count"),
-        (70.0, 9, 10, " (7): 2 more, now +20.00 percentage points"),
-        (100 / 3, 0, 3, " (1): 1 fewer, now -33.33 percentage points"),
-        (70.0, 2, 3, " of another number of images, now -3.33 percentage points"),
+        (70.0, 7, 10, 10, " (7): the same count"),
+        (70.0, 7, 10, None, " (7): the same count"),
+        (70.0, 9, 10, 10, " (7): 2 more, now +20.00 percentage points"),
+        (100 / 3, 0, 3, 3, " (1): 1 fewer, now -33.33 percentage points"),
+        (70.0, 2, 3, None, " of another number of images, now -3.33 percentage points"),
+        (70.0, 7, 10, 20, " of another number of images, now +0.00 percentage points"),
     ],
 )
-def test_comparison_of_recorded_and_counted_by_hand(percent, count, images, told):
-    assert evaluate.compare(percent, count, images) == told
+def test_comparison_of_recorded_and_counted_by_hand(percent, count, images, recorded, told):
+    assert evaluate.compare(percent, count, images, recorded) == told
+
+
+def test_fewer_images_of_the_same_percentage_are_not_the_same_count(folder, capsys):
+    path = Path("weights/resnet18_imagenet.json")
+    record = json.loads(path.read_text())
+    assert record["val_images"] == 30
+    path.write_text(json.dumps({**record, "val_images": 60}))
+    call(*WEIGHTS)
+    assert "of another number of images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"dataset": "folder"}, "--data_dir is required"),
+        ({"dataset": "folder", "data_dir": "tree/val"}, "--fold is required"),
+        ({"img_size": [40, 40], "batch_size": "7", "data_dir": 3}, "--data_dir is required"),
+    ],
+)
+def test_a_checkpoint_of_another_program_is_taken_for_what_it_says(folder, config, told):
+    checkpoint = torch.load(f"{RUN}/best.pt", weights_only=True)
+    torch.save({**checkpoint, "config": config}, "theirs.pt")
+    assert told in error_of("--weights", "theirs.pt")
 
 
 def test_a_wrong_record_is_reported(folder, capsys):

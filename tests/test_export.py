@@ -79,6 +79,15 @@ def test_onnx_file_gives_the_networks_logits_at_any_size():
     assert sorted(path.name for path in Path().iterdir()) == ["best.pt", "x.onnx"]
 
 
+@pytest.mark.parametrize("suffix", export.FORMATS)
+def test_a_full_disk_is_one_line(full_disk, suffix):
+    write_checkpoint()
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
+    with full_disk(), pytest.raises(UserError, match="cannot be written"):
+        call(f"x{suffix}")
+
+
 def test_a_difference_writes_nothing_and_the_exit_code_is_1(monkeypatch):
     write_checkpoint()
     monkeypatch.setattr(export, "IMAGENET_STD", (0.23, 0.224, 0.225))  # one digit off

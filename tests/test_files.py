@@ -74,6 +74,20 @@ def test_temporary_files_of_a_killed_writer_are_removed_and_nothing_else():
     assert sorted(os.listdir()) == sorted(kept)
 
 
+@pytest.mark.parametrize("name", ["y" * 255, "织" * 85])
+def test_any_name_that_the_file_system_takes_is_written(name):
+    write_atomic(Path(name), "content")
+    assert os.listdir() == [name]
+
+
+def test_an_error_names_the_file_that_was_to_be_written(full_disk):
+    with full_disk(), pytest.raises(OSError) as full:
+        write_atomic(Path("table.md"), bytes(5000))
+    with pytest.raises(OSError) as closed:
+        write_atomic(Path("/proc/table.md"), b"")
+    assert (full.value.filename, closed.value.filename) == ("table.md", "/proc/table.md")
+
+
 def test_an_unused_path_is_numbered():
     assert unused_path(Path("a.pt")) == Path("a.pt")
     for name in ("a.pt", "a-2.pt"):

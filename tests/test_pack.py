@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import shutil
 
 import numpy as np
@@ -14,7 +15,7 @@ from common.errors import Busy, UserError
 from data import packed
 from data.decoding import read_rgb
 from data.imagenet import load_imagenet
-from data.packed import MANIFEST
+from data.packed import MANIFEST, read_manifest
 from data.synthetic import write_imagenet_tree
 from tools import pack as tool
 
@@ -150,6 +151,24 @@ def test_unreadable_images_are_left_out_on_request(tree, capsys):
         train.file_name(i).endswith(path.name) and path.parent.name in train.file_name(i)
         for i in range(11)
     )
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_without_readable_images_is_not_packed(tree, split):
+    folder = min((tree / split).iterdir())
+    for path in folder.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"no image of class {folder.name} in {split}/ can be read"):
+        run(tree, "--skip_unreadable")
+    assert not (tree.parent / "packed" / MANIFEST).exists()
+
+
+def test_an_older_pack_that_lacks_a_class_is_refused(tree):
+    out = run(tree)
+    manifest = read_manifest(out)
+    (out / MANIFEST).write_text(json.dumps({**manifest, "classes": [*manifest["classes"], "new"]}))
+    with pytest.raises(UserError, match="has no train images of class new: pack again"):
+        load_imagenet(out)
 
 
 def test_a_finished_pack_is_left_as_it_is(tree, capsys):

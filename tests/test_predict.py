@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
+from data.decoding import check_header
 from data.images import read_rgb
 from data.transforms import EvalTransform, normalise
 from models import build_model
@@ -126,12 +128,33 @@ def test_a_file_name_that_is_not_utf8_is_printed(checkpoint, capsys):
     assert b"caf\xe9.png," in Path("all.csv").read_bytes()
 
 
+def test_classes_of_any_type_have_names(model, capsys):
+    config = {"model": "resnet18", "img_size": "48"}
+    numbers = list(range(len(CLASSES)))
+    torch.save({"model": model.state_dict(), "classes": numbers, "config": config}, "theirs.pt")
+    write_image(Path("one.png"), 1)
+    call("one.png", "--weights", "theirs.pt")
+    best = CLASSES.index(wanted(model, "one.png", 224)[0][0])
+    assert capsys.readouterr().out.startswith(f"one.png: {best} ")
+
+
+def test_a_pipe_named_like_an_image_is_unreadable(checkpoint, capsys):
+    os.mkfifo("pipe.png")
+    with pytest.raises(SystemExit):
+        call("pipe.png", "--weights", checkpoint)
+    assert "pipe.png cannot be read as an image" in capsys.readouterr().err
+    with pytest.raises(OSError, match=r"pipe\.png cannot be read as an image"):
+        check_header(Path("pipe.png"))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["none.png"], "none.png: no such file"),
         (["empty"], "empty: no images"),
         (["one.png", "--csv", "no/where.csv"], "there is no folder no"),
+        (["one.png", "--csv", "/proc/x.csv"], "--csv /proc/x.csv: cannot be written"),
+        (["one.png", ""], "a word of the command line is empty"),
         (["one.png", "--batch_size", "0"], "--batch_size"),
         ([], "required: IMAGE"),
     ],

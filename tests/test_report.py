@@ -123,7 +123,8 @@ def test_curves_of_running_and_finished_jobs(tmp_path):
     (tmp_path / "runs" / "dtd_fold2_resnet18_seed42").mkdir()
     (tmp_path / "runs" / "dtd_fold2_resnet18_seed42" / "log.jsonl").write_text("")
     out = tmp_path / "new" / "curves.png"
-    done = report("--curves", tmp_path / "checkpoints", tmp_path / "runs", "--out", out)
+    jobs = ("--curves", tmp_path / "checkpoints", "--curves", tmp_path / "runs")
+    done = report(*jobs, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "dtd_fold2_resnet18_seed42: no epoch in its log.jsonl yet" in done.stdout
     with Image.open(out) as image:
@@ -138,6 +139,8 @@ def test_curves_of_running_and_finished_jobs(tmp_path):
         (["--curves", "{}"], "has no log.jsonl"),
         ([], "give RUN_DIR, or --curves"),
         (["{}", "--curves", "{}"], "give RUN_DIR, or --curves"),
+        (["{}", "--out", "x.png"], "--out is for --curves"),
+        (["--curves", "{}", "--baseline", "resnet18"], "--baseline is for RUN_DIR"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, args, told):

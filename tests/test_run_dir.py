@@ -192,8 +192,8 @@ def test_a_run_that_said_how_it_ended_was_not_killed(tmp_path):
     [
         (UserError("two\n lines"), "two lines"),
         (RuntimeError("size mismatch\nin x"), "size mismatch in x"),
-        (MemoryError(), "out of memory: use a smaller --batch_size (MemoryError)"),
-        (OSError(28, "No space left on device", "x"), "[Errno 28] No space left on device: 'x'"),
+        (MemoryError(), "out of memory: use a smaller --batch_size or --img_size (MemoryError)"),
+        (OSError(28, "No space left on device", "x"), "x: No space left on device"),
         (KeyboardInterrupt(), "interrupted"),
         (SystemExit(3), "3"),
     ],

@@ -66,9 +66,9 @@ def test_a_larger_test_share_widens_the_interval():
     assert wide[0] < narrow[0] < narrow[1] < wide[1] and wide[2] > narrow[2]
 
 
-def test_differences_without_spread_have_no_p():
+def test_differences_without_spread_have_no_interval_and_no_p():
     assert corrected_t([0.0] * 5, 1.0) == (0.0, 0.0, 1.0)
-    assert corrected_t([2.0] * 5, 1.0) == (2.0, 2.0, None)
+    assert corrected_t([2.0] * 5, 1.0) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_the_reason_for_a_missing_interval_is_the_one_that_holds():
     assert "fewer than 3" in compare({1: 2.0, 2: 3.0}, equal, 1.0).untested
     assert "do not count their images" in compare(three, equal, None).untested
     found = compare(three, equal, 1.0)
-    assert (found.low, found.high, found.p) == (1.0, 1.0, None)
-    assert found.untested == "no p, as all differences are equal"
+    assert (found.low, found.high, found.p) == (None, None, None)
+    assert found.untested == "no interval and no p, as all differences are equal"
     assert compare(three, three, 1.0).untested is None  # all 0: p is 1
 
 

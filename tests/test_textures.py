@@ -245,9 +245,13 @@ def test_folders_without_enough_classes_or_images_are_refused(tmp_path):
     one = make_folder(tmp_path / "one", {"a": 3})
     with pytest.raises(UserError, match="at least two class folders, has 1"):
         load_splits("folder", one, 1)
-    tree = make_folder(tmp_path / "tree", {"train": 3, "val": 3})
-    with pytest.raises(UserError, match="train, val are splits, not classes"):
-        load_splits("folder", tree, 1)
+    for names in (["train", "val"], ["Testing", "Training"], ["samples", "test", "train"]):
+        tree = make_folder(tmp_path / names[0], dict.fromkeys(names, 3))
+        found = ", ".join(name for name in names if name != "samples")
+        with pytest.raises(UserError, match=f"{found} are splits, not classes"):
+            load_splits("folder", tree, 1)
+    # one class of that name is a class
+    load_splits("folder", make_folder(tmp_path / "words", {"eval": 3, "quote": 3}), 1)
     with pytest.raises(UserError, match=r"--fold 4: .* --num_folds 3 \(1-3\)"):
         load_splits("folder", few, 4, num_folds=3)
 

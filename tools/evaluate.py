@@ -151,11 +151,12 @@ def main(argv: list[str] | None = None) -> None:
     images = metrics.num_images
     for name, count in counts.items():
         print(f"{name} {100 * count / images:.2f} % ({count:,} of {images:,})")
-    path, recorded = find_recorded(args, about)
+    path, recorded, recorded_images = find_recorded(args, about)
     if not recorded:
         print("nothing is recorded for these images beside the file")
     for name, percent in recorded.items():
-        print(f"{path}: {name} {percent:.2f} %" + compare(percent, counts[name], images))
+        comparison = compare(percent, counts[name], images, recorded_images)
+        print(f"{path}: {name} {percent:.2f} %{comparison}")
 
 
 def check_sha256(path: Path, found: str) -> None:
@@ -185,10 +186,12 @@ def fill_defaults_from_run(args, config: dict) -> None:
             )
         args.split = "val"
     args.split = args.split or "test"
-    args.data_dir = args.data_dir or (Path(config["data_dir"]) if on_run else None)
-    args.fold = args.fold or (config["fold"] if on_run else None)
+    if on_run:
+        args.data_dir = args.data_dir or config.get("data_dir")
+        args.fold = args.fold or config.get("fold")
     if args.data_dir is None:
         raise UserError("--data_dir is required: the folder of the images")
+    args.data_dir = Path(args.data_dir)
     if args.dataset != "imagenet" and args.fold is None:
         raise UserError(f"--fold is required: the fold of {args.dataset}")
     args.num_folds = args.num_folds or config.get("num_folds", 10)
@@ -272,25 +275,31 @@ def count_correct(
     return metrics
 
 
-def find_recorded(args, about: dict) -> tuple[Path, dict[str, float]]:
-    """The file with the accuracies recorded for these images, and these in percent; {} if none."""
+def find_recorded(args, about: dict) -> tuple[Path, dict[str, float], int | None]:
+    """The file with the accuracies recorded for these images, these in percent, and of how many.
+
+    {} and None where nothing is recorded; older files do not record the number.
+    """
     config = about["config"]
     if about["record"] and args.dataset == "imagenet":
         found = {"top-1": about["record"].get("top1"), "top-5": about["record"].get("top5")}
+        images = about["record"].get("val_images")
         path = args.weights.with_suffix(".json")
     else:
         path = args.weights.with_name("results.json")
         same = (args.dataset, args.fold) == (config.get("dataset"), config.get("fold"))
         results = read_json(path) if same and args.weights.name == "best.pt" else None
         found = {"top-1": (results or {}).get(f"{args.split}_acc")}
-    return path, {name: value for name, value in found.items() if isinstance(value, float | int)}
+        images = (results or {}).get(f"{args.split}_images")
+    found = {name: value for name, value in found.items() if isinstance(value, float | int)}
+    return path, found, images
 
 
-def compare(percent: float, count: int, images: int) -> str:
-    """How a recorded percentage compares with `count` of `images`."""
+def compare(percent: float, count: int, images: int, recorded_images: int | None) -> str:
+    """How a recorded percentage, of `recorded_images` if known, compares with this `count`."""
     before = percent * images / 100
     gap = f", now {100 * count / images - percent:+.2f} percentage points"
-    if abs(before - round(before)) > 1e-3:
+    if recorded_images not in (None, images) or abs(before - round(before)) > 1e-3:
         return f" of another number of images{gap}"
     more = count - round(before)
     if more == 0:

@@ -14,6 +14,7 @@ The file is read back and compared with the network at two batch sizes and, wher
 image sizes, and is kept only if they agree. ONNX needs: pip install onnx onnxscript onnxruntime
 """
 
+import io
 import json
 import os
 import sys
@@ -161,7 +162,9 @@ def compare(
 
 
 def write_pt2(program: torch.export.ExportedProgram, path: Path, facts: dict) -> None:
-    torch.export.save(program, path, extra_files={"about.json": json.dumps(facts, indent=2)})
+    content = io.BytesIO()  # PyTorch's writer of files aborts the process when the disk is full
+    torch.export.save(program, content, extra_files={"about.json": json.dumps(facts, indent=2)})
+    path.write_bytes(content.getvalue())
 
 
 def read_pt2(path: Path) -> Callable[[Tensor], Tensor]:

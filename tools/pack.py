@@ -190,11 +190,23 @@ def pack(
                 flush=True,
             )
             sys.exit(1)
+        check_classes(writers, classes)
         finish_pack(out, writers, {**settings, "left_out": unreadable, "classes": classes})
     print(
         f"wrote {out}: {describe(read_manifest(out)['splits'])}"
         + (f"; {len(unreadable)} unreadable images left out" if unreadable else "")
     )
+
+
+def check_classes(writers: dict[str, PackWriter], classes: list[str]) -> None:
+    """Raise UserError where --skip_unreadable has left out all images of a class."""
+    for split, writer in writers.items():
+        kept = np.bincount(writer.labels[writer.written], minlength=len(classes))
+        if not kept.all():
+            raise UserError(
+                f"no pack was written: no image of class {classes[int(kept.argmin())]} in {split}/ "
+                "can be read; restore them, or remove the class from train/ and val/"
+            )
 
 
 def estimate_size(source: ImageFiles, shrink) -> float:

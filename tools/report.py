@@ -51,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--curves",
         nargs="+",
+        action="extend",
         type=Path,
         metavar="JOB",
         help="draw the log.jsonl of these checkpoint or run folders instead of a report",
@@ -58,13 +59,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("curves.png"),
         metavar="FILE",
-        help="picture that --curves writes (.png, .pdf or .svg)",
+        help="picture that --curves writes, .png, .pdf or .svg (default: curves.png)",
     )
     args = parser.parse_args(argv)
     if (args.run_dir is None) == (args.curves is None):
         parser.error("give RUN_DIR, or --curves JOB [JOB ...]")
+    others = ("out",) if args.run_dir else ("baseline", "dataset", "data_dir")
+    for name in others:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} is for {'--curves' if args.run_dir else 'RUN_DIR'}")
+    args.out = args.out or Path("curves.png")
     return args
 
 

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import secrets
+import time
 from dataclasses import dataclass
 
 import torch
@@ -107,12 +109,10 @@ def init_distributed() -> DistributedContext:
             "both"
         )
     store, *_ = next(dist.rendezvous("env://", rank, world_size))
-    # torchrun keeps its store over a restart, and in it the addresses of ranks that have died.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore(f"attempt {attempt}", store),
+        store=dist.PrefixStore(agree_on_token(store, rank, world_size), store),
         rank=rank,
         world_size=world_size,
         device_id=device if on_gpu else None,
@@ -122,6 +122,31 @@ def init_distributed() -> DistributedContext:
         dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if on_gpu else dist.group.WORLD
     )
     return DistributedContext(rank, world_size, local_world_size, device, control)
+
+
+def agree_on_token(store: dist.Store, rank: int, world_size: int) -> str:
+    """A word that the ranks which start together have in common, and with none that came before.
+
+    torchrun keeps its store over a restart, and in it the addresses of ranks that have died. Its
+    TORCHELASTIC_RESTART_COUNT does not tell starts apart: each machine counts only the failures of
+    its own ranks.
+    """
+    own = secrets.token_hex(8)
+    store.set(f"hello {rank}", own)
+    if rank > 0:
+        token = store.get(f"token for {own}").decode()
+        store.set(f"{own} has {token}", "")
+        return token
+    # A word found here may be that of a dead rank, so rank 0 looks again until each has answered.
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            word = store.get(f"hello {other}").decode()
+            store.set(f"token for {word}", own)
+            if store.check([f"{word} has {own}"]):
+                missing.remove(other)
+        time.sleep(0.05)
+    return own
 
 
 def shut_down_distributed() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from common.errors import UserError
 from training.distributed import DistributedContext
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,6 +49,17 @@ def choose_precision(device: torch.device, amp: bool | None) -> str:
     if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     return "fp16"
+
+
+def check_precision(device: torch.device, precision: str) -> None:
+    """Raise UserError where a run that was started in bf16 continues on a GPU that has none."""
+    if precision != "bf16" or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"the run is in bf16, which {torch.cuda.get_device_name(device)} does not have: "
+            "continue it on GPUs from Ampere on, or start a new run here"
+        )
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -298,7 +310,7 @@ def evaluate(
         loss = F.cross_entropy(logits, labels, reduction="sum").double()
         sums += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
         num_images += len(labels)
-        indices.append(batch.index)
+        indices.append(batch.index.clone())  # a worker's tensor keeps a file open
         predicted.append(ranked[:, 0])
         broken = batch.index[batch.broken > 0].tolist()
         unreadable += [loader.file_name(index) for index in broken]
