@@ -472,7 +472,6 @@ def make_val_loader(
         EvalSet(val, make_eval_transform(config)),
         batch_size=args.batch_size,
         workers=args.workers,
-        pin_memory=context.device.type == "cuda",
         rank=context.rank,
         world_size=context.world_size,
     )
@@ -490,8 +489,7 @@ def make_train_loader(
         config, size=args.img_size, seed=args.seed, num_classes=len(classes)
     )
     dataset = TrainSet(train, transform, args.seed)
-    pin_memory = torch.cuda.is_available()
-    return TrainLoader(dataset, sampler, workers=args.workers, pin_memory=pin_memory), augment
+    return TrainLoader(dataset, sampler, workers=args.workers), augment
 
 
 def count_validation_interval(config: dict, num_train_images: int, num_val_images: int) -> int:
@@ -540,7 +538,7 @@ def make_trainer(
         label_smoothing=config["label_smoothing"],
         clip_norm=config["clip_norm"] or None,
         loss=LOSSES[config["loss"]],
-        seed_forward=lambda step, micro: seed_network(config["seed"], step, micro, 2),
+        seed_forward=lambda step, micro: seed_network(config["seed"], step, micro),
     )
 
 

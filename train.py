@@ -127,8 +127,10 @@ def add_recipe_flags(group) -> None:
         "--pretrained",
         default="auto",
         metavar="auto|none|PATH",
-        help="initial weights: auto finds weights/<model>_imagenet.pt (weights/timm-NAME_imagenet"
-        ".pt for timm/NAME, else timm's own weights), none trains from scratch",
+        help="initial weights. auto: weights/<model>_imagenet.pt (timm-NAME_imagenet.pt for "
+        "timm/NAME), else torchvision's ResNet-18 (for TwistNet its first stages only, with a "
+        "warning) or timm's own weights; none: train from scratch; PATH: a weights file or a "
+        "training checkpoint",
     )
     group.add_argument(
         "--seed",
@@ -335,7 +337,6 @@ def make_evaluator(
         EvalSet(source, EvalTransform(args.img_size)),
         batch_size=max(args.batch_size, MIN_EVAL_BATCH),
         workers=args.workers,
-        pin_memory=context.device.type == "cuda",
     )
     return Evaluator(loader, context, config["precision"])
 
@@ -350,8 +351,7 @@ def make_train_loader(splits: Splits, args: argparse.Namespace) -> tuple[TrainLo
         FINETUNE, size=args.img_size, seed=args.seed, num_classes=len(splits.classes)
     )
     dataset = TrainSet(splits.train, transform, args.seed)
-    pin_memory = torch.cuda.is_available()
-    return TrainLoader(dataset, sampler, workers=args.workers, pin_memory=pin_memory), augment
+    return TrainLoader(dataset, sampler, workers=args.workers), augment
 
 
 def make_trainer(
@@ -377,7 +377,7 @@ def make_trainer(
         augment,
         label_smoothing=FINETUNE["label_smoothing"],
         clip_norm=FINETUNE["clip_norm"],
-        seed_forward=lambda step, micro: seed_network(args.seed, step, micro, 2),
+        seed_forward=lambda step, micro: seed_network(args.seed, step, micro),
     )
 
 

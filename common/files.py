@@ -45,7 +45,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new name: processes in two containers, or on two machines, can have the same number.
+    """A random name beside `path`: process ids are not unique across containers and machines.
 
     It is valid where that of `path` is: a name has at most 255 bytes, and a character up to four.
     """

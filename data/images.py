@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from common.errors import UserError, may_pass
 from common.files import printable
 from data.decoding import LIMITS, check_header, is_of_machine, read_rgb
-from data.sampling import seeded
+from data.sampling import FIRST_REPEAT, seeded
 
 DECODED_AT_ONCE = 16  # images, before they are augmented; see TrainSet.__getitems__
 
@@ -25,7 +25,7 @@ class Sample(NamedTuple):
     image: torch.Tensor  # uint8, 3 × H × W
     label: int
     index: int  # position in the listing
-    draws: torch.Tensor  # operations that the device applies later, see transforms.RandAugment
+    draws: torch.Tensor  # operations that the device applies later, see RandAugment.draw
     broken: int  # 0: read.  1: unreadable, replaced by an image of its class.  2: not replaced
 
 
@@ -114,8 +114,7 @@ class TrainSet(Dataset):
 
     def _sample(self, key: tuple[int, ...], image: torch.Tensor, broken: int) -> Sample:
         epoch, index, *repeat = key
-        # 1 and 2 as the fourth number are used for the seeds of micro-batches.
-        with seeded(self.seed, epoch, index, *(3 + number for number in repeat)):
+        with seeded(self.seed, epoch, index, *(FIRST_REPEAT + number for number in repeat)):
             image, draws = self.transform(image, epoch, index)
         return Sample(image, int(self.source.labels[index]), index, draws, broken)
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,12 +23,10 @@ FILES_PER_WORKER = 32  # open files: pipes, and one per tensor on its way
 class TrainLoader:
     """Batches of augmented images for training, the same for any number of workers."""
 
-    def __init__(
-        self, dataset: TrainSet, sampler: StepSampler, *, workers: int, pin_memory: bool = False
-    ):
+    def __init__(self, dataset: TrainSet, sampler: StepSampler, *, workers: int):
         self.dataset, self.sampler = dataset, sampler
         self.steps_per_epoch = sampler.steps_per_epoch
-        self.workers, self.pin_memory = min(workers, usable_cpus()), pin_memory
+        self.workers = min(workers, usable_cpus())
 
     def file_name(self, index: int) -> str:
         return self.dataset.source.file_name(index)
@@ -45,7 +44,7 @@ class TrainLoader:
                 batch_sampler=self.sampler,
                 num_workers=self.workers,
                 collate_fn=collate,
-                pin_memory=self.pin_memory,
+                pin_memory=torch.cuda.is_available(),
                 worker_init_fn=ignore_stop_signals,
             )
         )
@@ -68,7 +67,6 @@ class EvalLoader:
         *,
         batch_size: int,
         workers: int,
-        pin_memory: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ):
@@ -81,7 +79,7 @@ class EvalLoader:
             batch_sampler=to_load,
             num_workers=workers,
             collate_fn=collate,
-            pin_memory=pin_memory,
+            pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             worker_init_fn=ignore_stop_signals,
         )

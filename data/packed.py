@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.files import sync_folder, write_json
@@ -231,14 +231,6 @@ def remove_pack(root: Path, splits: Iterable[str]) -> None:
 # ---------------------------------------------------------------- making entries in parallel
 
 
-class _Calls(Dataset):
-    def __init__(self, function: Callable[[int], object]):
-        self.function = function
-
-    def __getitem__(self, position: int):
-        return self.function(position)
-
-
 def map_in_workers(
     function: Callable[[int], object], positions: np.ndarray, *, workers: int, **options
 ) -> Iterator[tuple[int, object]]:
@@ -247,16 +239,11 @@ def map_in_workers(
     `options` are passed to the DataLoader.
     """
     loader = DataLoader(
-        _Calls(function),
-        sampler=positions.tolist(),
+        positions.tolist(),
         batch_size=None,
+        collate_fn=function,  # called with each element where there are no batches
         num_workers=min(workers, len(positions)),
         generator=torch.Generator(),  # the global one stays as it is
-        collate_fn=_identity,
         **options,
     )
     return zip(positions.tolist(), loader, strict=True)
-
-
-def _identity(value):
-    return value

@@ -15,9 +15,13 @@ from torch.utils.data import Sampler
 
 from common.errors import UserError
 
+# The last number of a key keeps uses apart whose other numbers can be equal: (seed, epoch, index)
+# and (seed, step, micro-batch). It must not be 0, as trailing zeros do not change the seed.
+MIXING, NETWORK, FIRST_REPEAT = 1, 2, 3
+
 
 def key_seed(*key: int) -> int:
-    """Derive a 64-bit seed from integers; different keys give independent seeds."""
+    """Derive a 64-bit seed from integers. Keys that differ only in trailing zeros may coincide."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
@@ -36,9 +40,9 @@ def seeded(*key: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def seed_network(*key: int) -> None:
+def seed_network(seed: int, step: int, micro: int) -> None:
     """Seed what a network itself draws (stochastic depth), on every device."""
-    torch.manual_seed(key_seed(*key))
+    torch.manual_seed(key_seed(seed, step, micro, NETWORK))
 
 
 class StepSampler(Sampler[list[tuple[int, ...]]]):

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from data.randaugment import RandAugment
-from data.sampling import key_seed, seeded
+from data.sampling import MIXING, key_seed, seeded
 from data.timm_randaugment import TimmRandAugment
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -226,7 +226,7 @@ class Augment:
         targets = one_hot(labels, self.num_classes)
         if not self.mixing:
             return images, targets.float()
-        with seeded(self.seed, step, micro, 1):  # the 1 keeps these draws apart from other keys
+        with seeded(self.seed, step, micro, MIXING):
             mix, transform = self.mixing[int(torch.randint(len(self.mixing), ()))]
             return mix(images, targets, **transform.make_params([images]))
 

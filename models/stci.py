@@ -9,7 +9,8 @@ blends each with its neighbour one step along the direction, and multiplies both
     u, v = z / max(|z|, 1e-6), t / max(|t|, 1e-6)
     p_ij = u_i v_j                            36 products, i <= j, at each position
     f    = [u, p] of all heads                4 x (8 + 36) = 176 channels
-    out  = BN(W_p GroupNorm(f AIS(mean f)))   AIS: a weight in (0, 1) per channel
+    out  = BN(W_p GroupNorm(f AIS(mean f)))   GroupNorm: groups of 8 channels, 22 of them
+                                              AIS: Linear 176->44, ReLU, Linear 44->176, sigmoid
 
 The block adds sigmoid(gate) out to its main branch (models/twistnet.py).
 
@@ -17,8 +18,9 @@ Source: TwistNet-2D: Learning Second-Order Channel Interactions via Spiral Twist
 Recognition (Lian, Xiong, Sun, Ouyang, Zong, Yu, Fu, Rui, Yujun, Chen; 2026). The four heads are
 computed together, as 32 channels in 4 groups of 8.
 
-Training runs models/fused.py instead, which computes the same in less time or memory. To experiment
-with the formulas, derive a class from STCI or set STCI.implementation = "plain".
+A TwistBlock calls models/fused.py, in training and evaluation, which computes the same in less time
+or memory; torch.compile, torch.export, hooks and derived classes run this file. To experiment with
+the formulas, derive a class from STCI or set STCI.implementation = "plain".
 """
 
 import math

@@ -215,8 +215,5 @@ def create_filled(name: str, img_size: int | None, **settings) -> dict[str, Tens
         settings["img_size"] = img_size
     timm = import_timm(name)
     own = name.removeprefix(PREFIX)
-    state = torch.get_rng_state()  # the random weights that are replaced leave no trace
-    try:
+    with torch.random.fork_rng(devices=[]):  # the random weights that are replaced leave no trace
         return timm.create_model(own, pretrained=True, **settings).state_dict()
-    finally:
-        torch.set_rng_state(state)

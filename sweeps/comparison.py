@@ -171,10 +171,10 @@ def unlike_baseline(sweep: Sweep, baseline: str) -> list[str]:
             continue
         changes = describe_settings(*pairs[0], ignore=("weights",))
         if changes:
-            notes.append(f"Not a like comparison: {label} ran with {changes} in {baseline}.")
+            notes.append(f"Not like for like: {label} ran with {changes} in {baseline}.")
         data = [(data_of(a), data_of(b)) for a, b in pairs]
         if any(a and b and a != b for a, b in data):
-            notes.append(f"Not a like comparison: {label} and {baseline} saw different images.")
+            notes.append(f"Not like for like: {label} and {baseline} saw different images.")
     return notes
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from common.cli import explain_error
 from common.errors import UserError
@@ -18,6 +19,8 @@ from data.images import EvalSet, ImageFiles, TrainSet
 from data.loading import EvalLoader, TrainLoader, check_worker_limits
 from data.sampling import StepSampler
 from data.transforms import EvalTransform, TrainTransform
+from training import engine
+from training.distributed import DistributedContext
 
 
 @pytest.fixture
@@ -202,3 +205,20 @@ def test_a_killed_worker_is_one_line_that_names_the_flag(source):
     line, code = explain_error(caught.value)
     assert code == 1 and line.startswith("error: a loader worker was killed")
     assert "use fewer --workers" in line
+
+
+def test_an_evaluation_keeps_no_file_open_for_each_batch(source, monkeypatch):
+    """A tensor from a worker is a shared file, and a process may open about a thousand."""
+    many = ImageFiles(source.root, np.tile(source.files, 8), np.tile(source.labels, 8))
+    loader = EvalLoader(EvalSet(many, EvalTransform(16)), batch_size=1, workers=1)
+    opened = []
+
+    def classify(*args, real=engine.classify, **kwargs):
+        for batch in real(*args, **kwargs):
+            yield batch
+            opened.append(len(os.listdir("/proc/self/fd")))
+
+    monkeypatch.setattr(engine, "classify", classify)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    engine.evaluate(model, loader, context=DistributedContext(), precision="fp32")
+    assert len(opened) == 88 and opened[-1] - opened[10] < 20

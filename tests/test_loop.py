@@ -26,7 +26,7 @@ from training.checkpoint import (
 from training.distributed import DistributedContext
 from training.engine import EvalMetrics, Evaluator, Trainer
 from training.loop import TrainLoop
-from training.optim import lr_at, make_sgd
+from training.optim import cosine_lr_at, make_sgd
 from training.run_dir import RunDir
 
 CONTEXT = DistributedContext()
@@ -160,7 +160,9 @@ def make(
         state, tensors, _ = load_checkpoint(folder / LATEST)
         load_tensors(trainer, tensors)
     defaults = {
-        "lr_schedule": lambda s: lr_at(s, base=0.2, total_steps=EPOCHS * STEPS, warmup_steps=2),
+        "lr_schedule": lambda s: cosine_lr_at(
+            s, base=0.2, total_steps=EPOCHS * STEPS, warmup_steps=2
+        ),
         "epochs": EPOCHS,
         "resume_command": "the same command",
     }
@@ -279,7 +281,7 @@ def test_each_step_gets_its_number_and_its_rate_resumed_or_not(tmp_path):
         fit_and_record(Stop(5))
     fit_and_record(Stop())
     assert told == [
-        (step, lr_at(step, base=0.2, total_steps=12, warmup_steps=2)) for step in range(12)
+        (step, cosine_lr_at(step, base=0.2, total_steps=12, warmup_steps=2)) for step in range(12)
     ]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import build_model
-from training.optim import count_warmup_steps, lr_at, make_optimizer, make_sgd
+from training.optim import cosine_lr_at, count_warmup_steps, make_optimizer, make_sgd
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from training.optim import count_warmup_steps, lr_at, make_optimizer, make_sgd
     ],
 )
 def test_lr_by_hand(step, expected):
-    rate = lr_at(step, base=0.8, total_steps=12, warmup_steps=4)
+    rate = cosine_lr_at(step, base=0.8, total_steps=12, warmup_steps=4)
     assert rate == pytest.approx(expected, abs=1e-7)
 
 
@@ -39,12 +39,14 @@ def test_lr_by_hand(step, expected):
     ],
 )
 def test_lr_of_short_runs(total, warmup, rates):
-    found = [lr_at(s, base=1.0, total_steps=total, warmup_steps=warmup) for s in range(len(rates))]
+    found = [
+        cosine_lr_at(s, base=1.0, total_steps=total, warmup_steps=warmup) for s in range(len(rates))
+    ]
     assert found == pytest.approx(rates, abs=1e-12)
 
 
 def test_lr_falls_continuously_after_the_warm_up_and_ends_near_zero():
-    rates = [lr_at(s, base=0.4, total_steps=600, warmup_steps=50) for s in range(600)]
+    rates = [cosine_lr_at(s, base=0.4, total_steps=600, warmup_steps=50) for s in range(600)]
     assert rates[:50] == sorted(rates[:50]) and rates[50:] == sorted(rates[50:], reverse=True)
     assert max(rates) == rates[49] == rates[50] == 0.4
     assert 0 < rates[-1] < 1e-5

@@ -100,7 +100,7 @@ def test_a_process_whose_launcher_died_asks_to_stop_and_ends_itself(monkeypatch)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         killed = time.monotonic()
-        assert pipe.read() == b"its launcher died"
+        assert pipe.read() == b"the death of its launcher"
         assert time.monotonic() - killed < 5
 
 

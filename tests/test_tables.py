@@ -144,13 +144,13 @@ def test_without_scipy_the_table_has_means_and_says_what_to_install(tmp_path, mo
     assert "- No intervals and no p values: computing them needs scipy: pip install scipy." in text
 
 
-def test_equal_differences_have_an_interval_and_the_note_says_why_they_have_no_p(tmp_path):
+def test_equal_differences_have_no_interval_and_the_note_says_why(tmp_path):
     for fold in (1, 2, 3):
         write_run(tmp_path, "resnet18", fold, 42, 60.0 + fold)
         write_run(tmp_path, "twistnet18", fold, 42, 62.0 + fold)
     text = write_planned(tmp_path)
-    assert "+2.00 [+2.00, +2.00]" in text and "95 % CI and p: corrected resampled t test" in text
-    assert "- twistnet18: no p, as all differences are equal." in text
+    assert "| +2.00 " in text and "95 % CI" not in text
+    assert "- twistnet18: no interval and no p, as all differences are equal." in text
     assert "ewer than 3" not in text
 
 
@@ -252,7 +252,7 @@ def test_a_baseline_with_other_settings_is_noted(tmp_path):
     write_run(tmp_path, "resnet18", 1, 42, 60.0, lr=0.1)
     write_run(tmp_path, "twistnet18", 1, 42, 61.0, lr=0.01)
     notes = rows_of(tmp_path)[1]
-    assert "Not a like comparison: twistnet18 ran with lr 0.01 instead of 0.1 in resnet18." in notes
+    assert "Not like for like: twistnet18 ran with lr 0.01 instead of 0.1 in resnet18." in notes
 
 
 def test_models_that_nobody_planned_are_measured_against_the_plan_of_the_others(tmp_path):

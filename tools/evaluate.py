@@ -262,7 +262,6 @@ def count_correct(
         EvalSet(source, transform),
         batch_size=batch_size,
         workers=workers,
-        pin_memory=device.type == "cuda",
     )
     context = DistributedContext(device=device)
     metrics = evaluate(model, loader, context=context, precision=precision)

@@ -17,7 +17,7 @@ from common.files import replace_by_link, sync_folder, write_atomic
 
 LATEST, BEST, PREVIOUS = "latest.pt", "best.pt", "latest.prev.pt"
 FRESH_LATEST, FRESH_BEST = ".latest.pt.new", ".best.pt.new"  # until they are complete
-ALLOWED_FAILURES = 3  # saves in a row that may fail, on a full disk say
+MAX_FAILURES = 3  # failed saves in a row, on a full disk say, that end the run
 TENSORS = ("model", "optimizer", "scaler")  # a checkpoint's state dicts, see Trainer.state_dict
 
 
@@ -212,7 +212,7 @@ class Checkpointer:
             raise error
         self.failures += 1
         reason = f"the checkpoint could not be written to {self.folder} ({error.strerror})"
-        if required or self.failures >= ALLOWED_FAILURES:
+        if required or self.failures >= MAX_FAILURES:
             raise UserError(
                 f"{reason}, {self.failures} times in a row: free space there and run the same "
                 "command again"

@@ -299,7 +299,6 @@ def evaluate(
     started = time.monotonic()
     context.broadcast_buffers(model)
     set_float32_mode(precision)
-    model.eval()
     device, num_images = context.device, 0
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5
     indices, predicted, unreadable = [], [], []

@@ -72,14 +72,19 @@ class TrainLoop:
 
     def fit(self, state: TrainState) -> None:
         """Train until `epochs` epochs are finished. Raises Preempted, Diverged or UserError."""
+        # What is on disk, and what is not.
         self.start(state)
-        if state.step:  # a branch has a checkpoint of its own from now on
+        if state.step:  # a new branch, or a run that lost its latest.pt, gets it now
             self.ensure_saved(state)
         if self.context.is_main:
             self.restore_best(state)
             self.run_dir.write_status("running")
+
+        # A run that is finished, but not validated.
         if state.epoch >= self.epochs and "val_top1" not in state.history[-1]:
             self.complete_last_epoch(state)
+
+        # The epochs.
         self.log_history(state)
         steps = self.loader.steps(state.step, self.epochs * self.steps_per_epoch)
         while state.epoch < self.epochs:
@@ -171,7 +176,12 @@ class TrainLoop:
             print(describe_row(state.history[-1]), flush=True)
 
     def end_epoch(self, state: TrainState, metrics: EvalMetrics | None) -> None:
-        """Turn the epoch's sums into a row of the log, save, and report what is unusual."""
+        """Turn the epoch's sums into a row of the log, save, and report what is unusual.
+
+        The row: train_loss, the mean; val_loss, the mean, val_top1 and val_top5, percent;
+        images_per_s, of training; data_wait, its share of the training time; seconds, of training
+        and validation; grad_norm and grad_norm_max, the median and the maximum before clipping.
+        """
         # The row.
         state.grad_norms += self.trainer.read_grad_norms()
         loss_sum, num_images = self.context.sum(list(self.trainer.read_loss()))
@@ -369,5 +379,5 @@ def describe_row(row: dict) -> str:
     return (
         f"Epoch {row['epoch']}: {validation}train_loss {row['train_loss']:.3f}, {gradient}"
         f"lr {row['lr']:.4g}, {row['images_per_s']:.0f} images/s, "
-        f"{100 * row['data_wait']:.0f} % of it waiting for data, {row['seconds']:.0f} s"
+        f"{100 * row['data_wait']:.0f} % of the time waiting for data, {row['seconds']:.0f} s"
     )

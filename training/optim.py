@@ -88,10 +88,10 @@ def make_optimizer(
     return OPTIMIZERS[name](model, lr=lr, lr_factors=lr_factors, **options)
 
 
-def lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> float:
+def cosine_lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> float:
     """Linear warm-up to `base` over `warmup_steps`, then a cosine that reaches 0 at `total_steps`.
 
-    >>> [round(lr_at(s, base=1.0, total_steps=6, warmup_steps=2), 3) for s in range(7)]
+    >>> [round(cosine_lr_at(s, base=1.0, total_steps=6, warmup_steps=2), 3) for s in range(7)]
     [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
     """
     if step < warmup_steps:
@@ -100,7 +100,7 @@ def lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> flo
     return base * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def timm_lr_at(
+def timm_cosine_lr_at(
     step: int,
     *,
     base: float,
@@ -130,7 +130,7 @@ def linear_lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int)
     return base * (total_steps - step) / max(1, total_steps - warmup_steps)
 
 
-SCHEDULES = {"cosine": lr_at, "linear": linear_lr_at, "timm_cosine": timm_lr_at}
+SCHEDULES = {"cosine": cosine_lr_at, "linear": linear_lr_at, "timm_cosine": timm_cosine_lr_at}
 
 
 def make_schedule(

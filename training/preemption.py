@@ -31,7 +31,7 @@ class StopRequest:
         if launcher == os.getppid() or under_torchrun:
             threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
         elif launcher and not _is_alive(launcher):
-            self.reason = "its launcher died"  # while this process was still importing
+            self.reason = "the death of its launcher"  # while this process was still importing
 
     @property
     def requested(self) -> bool:
@@ -43,7 +43,7 @@ class StopRequest:
     def _watch(self, launcher: int):
         while os.getppid() == launcher:
             time.sleep(0.5)
-        self.reason = "its launcher died"
+        self.reason = "the death of its launcher"
         # The other ranks may be dead, and a collective would wait for them for half an hour.
         time.sleep(ORPHAN_GRACE)
         os._exit(1)

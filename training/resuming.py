@@ -1,7 +1,15 @@
 """What a pretraining command continues: nothing, the run in its folder, or a checkpoint elsewhere.
 
-A checkpoint that is resumed into another folder makes a branch, which is a run of its own. The same
-command again continues the branch.
+    --resume             --checkpoint_dir has       the command
+    none                 no checkpoint              starts a new run
+    none                 a checkpoint               continues it, if the flags agree with it
+    auto                 no checkpoint, or one      the same as none, or as that FILE
+    FILE in that folder                             continues it with its settings
+    FILE elsewhere       no run                     starts a branch: a new run from FILE's state
+    FILE elsewhere       this branch of FILE        continues the branch
+    FILE elsewhere       another run                is refused
+
+pretrain_imagenet.py calls find_branch, prepare_checkpoint_dir and load_run, in this order.
 """
 
 import secrets

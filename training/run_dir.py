@@ -31,7 +31,7 @@ EVENTS, STATUS = "events.jsonl", "status.json"
 
 
 class RunDir:
-    """The folder of one run, locked by this process until it ends, however it ends."""
+    """The folder of one run; `lock` keeps others out until this object or its process is gone."""
 
     def __init__(self, path: Path):
         self.path = path
