@@ -114,8 +114,8 @@ def add_recipe_flags(group) -> None:
         default="guide",
         choices=PRETRAIN,
         metavar="NAME",
-        help="guide (the pretraining guides'), fast (growing images, 88 epochs), or a1 (timm's A1: "
-        "steps of 2048 images by accumulation; pip install timm)",
+        help="guide: of the authors' pretraining guide; fast: 88 epochs of images that grow; a1: "
+        "timm's A1, steps of 2048 images by accumulation (pip install timm)",
     )
     group.add_argument(
         "--model",
@@ -144,7 +144,7 @@ def add_recipe_flags(group) -> None:
         type=at_least(0, float),
         metavar="WD",
         help="weight decay of convolutions and linear layers; norms, biases and gates have none "
-        "(with --recipe fast: for ImageNet's 1,281,167 images, and more for fewer)",
+        "(with --recipe fast: multiplied by 1,281,167 / number of training images)",
     )
     group.add_argument(
         "--warmup_epochs",
@@ -214,8 +214,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[s
     """The flags, with the recipe's defaults, and the names of those that were given."""
     parser = make_parser()
     args, given = parser.parse_args(argv), parser.given(argv)
+
+    # The recipe's values for flags that were not given.
     for name in set(FLAGS) - given:
         setattr(args, name, PRETRAIN[args.recipe][name])
+
+    # Values that do not go together.
     if args.label_smoothing >= 1:
         raise UserError("--label_smoothing must be below 1")
     global_batch = PRETRAIN[args.recipe]["global_batch"]
@@ -236,6 +240,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[s
             "torchrun has restarted this run, and --overwrite would archive what it has trained: "
             "start it again without --overwrite, which resumes it"
         )
+
+    # What --resume stands for.
     if args.resume == Path("auto"):
         args.resume = args.checkpoint_dir / LATEST if has_checkpoint(args.checkpoint_dir) else None
         given.add("resume")  # whatever was found: with the checkpoint's settings
@@ -513,7 +519,7 @@ def make_schedule_settings(
 
 
 def scale_weight_decay(config: dict, num_train_images: int) -> float:
-    """The weight decay of a step, in inverse proportion to the images where the recipe says so."""
+    """The weight decay of a step; a recipe can ask for more of it on fewer images."""
     images = config["weight_decay_images"]
     return config["weight_decay"] * (images / num_train_images if images else 1)
 
@@ -572,11 +578,14 @@ def print_run_summary(
     warmup_steps: int,
 ) -> None:
     """Print what is about to be trained, in lines that can be compared between runs."""
+    # The network and the data.
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"{config['model']}: {parameters:,} parameters, {len(state.classes)} classes, "
         f"{sampler.num_images:,} training and {num_val_images:,} validation images"
     )
+
+    # The recipe, and what its steps are.
     values = {name: config[name] for name in PRETRAIN[config["recipe"]]}
     print(f"recipe {config['recipe']}: {describe_recipe(values)}")
     lr = f"lr {base:g}"
@@ -594,6 +603,8 @@ def print_run_summary(
         f"{lr}, {decay}{config['epochs']} epochs of {sampler.steps_per_epoch} steps, "
         f"{config['precision']}, {workers} workers per process"
     )
+
+    # Where it departs from its flags.
     if "train_sizes" in config:
         sizes = ", ".join(str(size) for size in list_train_sizes(config))
         every = count_validation_interval(config, sampler.num_images, num_val_images)

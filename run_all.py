@@ -20,6 +20,7 @@ import torch
 import train
 from common.cli import Parser, at_least, run
 from common.errors import Preempted, UserError
+from common.files import ROOT
 from common.processes import usable_cpus
 from data.images import spot_check
 from models import CHOICES, MODELS, build_model, is_timm, model_name
@@ -42,7 +43,6 @@ from training.preemption import StopRequest
 from training.run_config import CONFIG, adopt_precision, load_finished
 from training.run_dir import RunDir
 
-ROOT = Path(__file__).resolve().parent
 # Flags of train.py that run_all.py has in another form.
 SINGLE = {
     "--fold": "--folds",

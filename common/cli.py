@@ -20,7 +20,7 @@ from common.errors import (
     Diverged,
     Preempted,
     UserError,
-    may_pass,
+    is_transient,
 )
 from common.files import printable
 
@@ -215,7 +215,7 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, Busy):
         return f"error: {text}", EXIT_BUSY
     if isinstance(error, UserError):
-        return f"error: {text}", EXIT_FAILED if may_pass(error.__cause__) else EXIT_USAGE
+        return f"error: {text}", EXIT_FAILED if is_transient(error.__cause__) else EXIT_USAGE
     if isinstance(error, Diverged):
         return f"error: {text}", EXIT_FAILED
     if isinstance(error, Preempted):

@@ -8,16 +8,16 @@ EXIT_BUSY = 3  # another process works in the folder
 EXIT_PREEMPTED = 75  # stopped by a signal and resumable; EX_TEMPFAIL, "try again"
 
 # What network and FUSE file systems report while a server restarts; not every system has them all.
-_PASSING = (
+_TRANSIENT = (
     "EIO ESTALE ETIMEDOUT EAGAIN ENOTCONN ESHUTDOWN ECONNRESET ECONNREFUSED ECONNABORTED EHOSTDOWN "
     "EHOSTUNREACH ENETDOWN ENETUNREACH EREMOTEIO ECOMM EKEYEXPIRED"
 )
-PASSING = {getattr(errno, name) for name in _PASSING.split() if hasattr(errno, name)}
+TRANSIENT = {getattr(errno, name) for name in _TRANSIENT.split() if hasattr(errno, name)}
 
 
-def may_pass(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether the same operation may work in a minute, so that a run should be started again."""
-    return isinstance(error, OSError) and error.errno in PASSING
+    return isinstance(error, OSError) and error.errno in TRANSIENT
 
 
 class UserError(ValueError):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.errors import Busy, UserError
 
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
 LOCK = ".lock"
 TEMPORARY = ".{name}.tmp{unique}"  # what write_atomic writes before it renames
 MARK_RANGE = 1 << 20  # bytes at each end of a file in which check_outputs looks for a mark

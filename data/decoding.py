@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from common.errors import may_pass
+from common.errors import is_transient
 from common.files import printable
 
 # Modes that Pillow converts to RGB without losing range. Integers of more than 8 bits and floats
@@ -24,7 +24,7 @@ CONVERTIBLE = (
     *("CMYK", "YCbCr", "HSV", "LAB"),
 )
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262  # tags
-LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine, and not the file's fault
+RESOURCE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not the file's fault
 RETRY_AFTER = (0.1, 0.5, 2, 5)  # seconds
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # 179 million; larger files are refused
 
@@ -32,12 +32,12 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # 179 million; larger f
 def read_rgb(path: Path) -> torch.Tensor:
     """Decode an image file into RGB, uint8, 3 × H × W. Raises OSError naming the file and why.
 
-    An error of the machine is raised as it is, with its errno: see is_of_machine.
+    An error of the machine is raised as it is, with its errno: see is_system_error.
     """
     try:
         data = read_bytes(path)
     except OSError as error:
-        if is_of_machine(error):
+        if is_system_error(error):
             raise
         raise OSError(f"{printable(path)} cannot be read as an image ({error})") from error
     return decode_rgb(data, path)
@@ -54,7 +54,7 @@ def _retry(read: Callable[[Path], object], path: Path):
         try:
             return read(path)
         except OSError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
         time.sleep(seconds)
     return read(path)
@@ -73,9 +73,9 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def is_of_machine(error: Exception) -> bool:
+def is_system_error(error: Exception) -> bool:
     """Whether an error says nothing about the file that was to be read."""
-    return may_pass(error) or getattr(error, "errno", None) in LIMITS
+    return is_transient(error) or getattr(error, "errno", None) in RESOURCE_ERRNOS
 
 
 def decode_rgb(data: torch.Tensor, name: str | Path) -> torch.Tensor:
@@ -106,7 +106,7 @@ def check_header(path: Path) -> None:
     try:
         _retry(_check_header_once, path)
     except Exception as error:
-        if is_of_machine(error):
+        if is_system_error(error):
             raise
         raise OSError(f"{printable(path)} cannot be read as an image ({_reason(error)})") from error
 

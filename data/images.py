@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from common.errors import UserError, may_pass
+from common.errors import UserError, is_transient
 from common.files import printable
-from data.decoding import LIMITS, check_header, is_of_machine, read_rgb
+from data.decoding import RESOURCE_ERRNOS, check_header, is_system_error, read_rgb
 from data.sampling import FIRST_REPEAT, seeded
 
+READ, REPLACED, UNREADABLE = range(3)  # whether an image is its own, another of its class, or none
 DECODED_AT_ONCE = 16  # images, before they are augmented; see TrainSet.__getitems__
 
 
@@ -26,7 +27,7 @@ class Sample(NamedTuple):
     label: int
     index: int  # position in the listing
     draws: torch.Tensor  # operations that the device applies later, see RandAugment.draw
-    broken: int  # 0: read.  1: unreadable, replaced by an image of its class.  2: not replaced
+    broken: int  # READ, REPLACED or UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def spot_check(source: ImageFiles, *, seconds: float = 5.0) -> None:
         try:
             source.check_header(index)
         except OSError as error:
-            if is_of_machine(error):
+            if is_system_error(error):
                 raise
             raise UserError(
                 f"{error}. Evaluation uses every image: restore the file or remove it from the "
@@ -120,25 +121,25 @@ class TrainSet(Dataset):
 
     def _read(self, index: int) -> tuple[torch.Tensor, int]:
         try:
-            return self.source.read(index), 0
+            return self.source.read(index), READ
         except OSError as error:
-            if error.errno in LIMITS:
+            if error.errno in RESOURCE_ERRNOS:
                 raise
-            failed_in_passing = may_pass(error)
+            was_transient = is_transient(error)
             same_class = np.flatnonzero(self.source.labels == self.source.labels[index])
         # The next images of the class, cyclically: the same replacement in every epoch and run.
         for other in np.roll(same_class, -1 - int(np.searchsorted(same_class, index)))[:-1]:
             try:
                 replacement = self.source.read(int(other))
             except OSError as error:
-                if is_of_machine(error):  # the first may have a bad sector, the second not
+                if is_system_error(error):  # the first may have a bad sector, the second not
                     raise
                 continue
-            if failed_in_passing:
+            if was_transient:
                 with contextlib.suppress(OSError):  # if the server has come back, it can be read
-                    return self.source.read(index), 0
-            return replacement, 1
-        return _unread(), 2
+                    return self.source.read(index), READ
+            return replacement, REPLACED
+        return _unread(), UNREADABLE
 
 
 class EvalSet(Dataset):
@@ -155,11 +156,11 @@ class EvalSet(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         try:
-            image, broken = self.source.read(index), 0
+            image, broken = self.source.read(index), READ
         except OSError as error:
-            if is_of_machine(error) and not self.marks_all:
+            if is_system_error(error) and not self.marks_all:
                 raise
-            image, broken = _unread(), 2
+            image, broken = _unread(), UNREADABLE
         return Sample(
             self.transform(image),
             int(self.source.labels[index]),

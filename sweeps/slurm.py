@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import EXIT_BUSY, EXIT_PREEMPTED, EXIT_USAGE, UserError
+from common.files import ROOT
 from common.optional import import_optional
 from sweeps.launching import Job, last_output, start_process
 
-ROOT = Path(__file__).resolve().parent.parent
 BUSY_POLL = 60.0  # seconds between looks at a job that another process runs
 LAST_WAIT = 900.0  # seconds that Slurm takes to kill a task after SIGTERM
 MAX_PARALLEL = 256  # tasks at a time, where the user sets no limit

@@ -17,11 +17,10 @@ from pathlib import Path
 
 from common.cli import Parser, run
 from common.errors import UserError
-from common.files import LOCK, check_output_folder, lock_folder, read_json
+from common.files import LOCK, ROOT, check_output_folder, lock_folder, read_json
 from common.processes import usable_cpus
 from data.synthetic import write_dtd, write_imagenet_tree
 
-ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("resnet18", "twistnet18")
 FOLDS, SIZE, CLASSES = 2, 64, 8
 

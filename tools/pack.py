@@ -28,7 +28,7 @@ from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.files import LOCK, check_output_folder, lock_folder, require_free_space
 from common.processes import ignore_stop_signals, usable_cpus
-from data.decoding import decode_rgb, is_of_machine, open_image, read_bytes
+from data.decoding import decode_rgb, is_system_error, open_image, read_bytes
 from data.imagenet import load_imagenet
 from data.images import ImageFiles
 from data.packed import (
@@ -257,7 +257,7 @@ def shrink_image(source: ImageFiles, index: int, *, short_side: int, quality: in
         with open_image(io.BytesIO(encoded.numpy())) as image:
             is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     except OSError as error:
-        return error if is_of_machine(error) else str(error)
+        return error if is_system_error(error) else str(error)
     shrunk = pixels
     if min(pixels.shape[1:]) > short_side:
         shrunk = F.resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)

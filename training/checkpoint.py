@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError, may_pass
+from common.errors import UserError, is_transient
 from common.files import replace_by_link, sync_folder, write_atomic
 
 LATEST, BEST, PREVIOUS = "latest.pt", "best.pt", "latest.prev.pt"
@@ -328,7 +328,7 @@ def _read(path: Path) -> tuple[TrainState, dict[str, dict]]:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except OSError as error:
-        if may_pass(error) and error.errno != errno.EIO:  # which is a bad sector, too
+        if is_transient(error) and error.errno != errno.EIO:  # which is a bad sector, too
             raise
         raise _Damaged(f"cannot be read ({error.strerror})") from error
     except Exception as error:  # zipfile raises many things on files that are not archives

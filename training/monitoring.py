@@ -4,6 +4,7 @@ import statistics
 from math import isfinite
 
 from common.errors import UserError
+from data.images import REPLACED, UNREADABLE
 from training.checkpoint import BEST, TrainState
 from training.run_dir import RunDir
 
@@ -83,9 +84,9 @@ class UnreadableImages:
         for batch in batches:
             if not batch.broken.any():
                 continue
-            for index in batch.index[batch.broken == 1].tolist():
+            for index in batch.index[batch.broken == REPLACED].tolist():
                 self._report(self.file_name(index), epoch)
-            for index in batch.index[batch.broken == 2].tolist():
+            for index in batch.index[batch.broken == UNREADABLE].tolist():
                 raise UserError(
                     f"{self.file_name(index)} cannot be decoded, nor can any other image of its "
                     "class: restore the files and run the same command again"

@@ -18,6 +18,7 @@ import torchvision
 from common.cli import explain_error
 from common.errors import Diverged, Preempted
 from common.files import (
+    ROOT,
     lock_folder,
     read_json,
     remove_temporary_files,
@@ -135,10 +136,9 @@ def provenance() -> dict:
 
 def find_commit() -> str | None:
     """The checkout's commit, with -dirty where files differ from it; None outside of git."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
-    command = ["git", "-C", os.fspath(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "-C", os.fspath(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         described = subprocess.run(
             [*command, "--exclude=*"], capture_output=True, text=True, timeout=10

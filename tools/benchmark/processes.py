@@ -4,11 +4,9 @@ import resource
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 from common.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from common.files import ROOT
 
 
 def run_python(arguments: list) -> None:
