@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     notes = []
     if plan.mismatched:
         notes.append(
-            "Runs with other settings than the last run_all.py asked for, which it did not run: "
+            "Not run, because the folder contains a run with other settings than those asked for: "
             f"{', '.join(plan.mismatched)}."
         )
     print(write_tables(args.run_dir, dataset=plan.dataset, notes=notes), flush=True)

@@ -89,7 +89,8 @@ def _unread() -> torch.Tensor:
 class TrainSet(Dataset):
     """Augmented samples by key: (epoch, index) or (epoch, index, repeat).
 
-    An unreadable image is replaced by another of its class.
+    An unreadable image is replaced by another of its class. transform: (image, epoch, index) →
+    (image, draws), such as data.transforms.TrainTransform.
     """
 
     def __init__(self, source: ImageFiles, transform, seed: int):

@@ -36,12 +36,11 @@ class TrainLoader:
 
         Use one iterator for the whole run: its workers keep loading during a validation.
         """
-        self.sampler.first_step, self.sampler.last_step = first, last
         check_worker_limits(self.workers)
         batches = iter(
             DataLoader(
                 self.dataset,
-                batch_sampler=self.sampler,
+                batch_sampler=self.sampler.batches(first, last),
                 num_workers=self.workers,
                 collate_fn=collate,
                 pin_memory=torch.cuda.is_available(),

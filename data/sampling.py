@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 
 from common.errors import UserError
 
@@ -45,8 +44,8 @@ def seed_network(seed: int, step: int, micro: int) -> None:
     torch.manual_seed(key_seed(seed, step, micro, NETWORK))
 
 
-class StepSampler(Sampler[list[tuple[int, ...]]]):
-    """The micro-batches of one rank over a range of global steps, as lists of (epoch, index).
+class StepSampler:
+    """The micro-batches of one rank, as lists of (epoch, index).
 
     A global step consists of `micro_batches` micro-batches of `micro_batch` images, cut one after
     another from the epoch's order. Images that do not fill a step at the end of an epoch are left
@@ -86,14 +85,11 @@ class StepSampler(Sampler[list[tuple[int, ...]]]):
         self.micro_batches, self.repeats = micro_batches, repeats
         self.global_batch = self.micro_batch * micro_batches
         self.steps_per_epoch = num_images // self.global_batch
-        self.first_step, self.last_step = 0, self.steps_per_epoch
 
-    def __len__(self) -> int:
-        return (self.last_step - self.first_step) * (self.micro_batches // self.world_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+    def batches(self, first: int, last: int) -> Iterator[list[tuple[int, ...]]]:
+        """Yield this rank's micro-batches of the global steps from `first` to before `last`."""
         order_epoch, order = -1, np.empty(0, np.int64)
-        for step in range(self.first_step, self.last_step):
+        for step in range(first, last):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
                 order_epoch, order = epoch, self.order(epoch)

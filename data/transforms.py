@@ -53,6 +53,7 @@ class TrainTransform:
     def __call__(
         self, image: torch.Tensor, epoch: int = 0, index: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 3 × H × W → uint8 3 × size × size, and draws, int64 num_ops × 2."""
         # Crop: torchvision's draws and kernels, without its dispatch, which takes as long.
         box = self.crop.make_params([image])
         top, left = box["top"], box["left"]
@@ -136,6 +137,7 @@ class EvalTransform:
         self.size, self.resize = size, round(size * resize / RECIPE_SIZE)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 3 × H × W → uint8 3 × size × size."""
         image = _bound_aspect(image)
         image = F.resize_image(image, [self.resize], interpolation=_BICUBIC, antialias=True)
         return F.center_crop_image(image, [self.size, self.size])

@@ -46,13 +46,13 @@ def build_model(
 
     Args:
         name: one of MODELS, or timm/NAME.
-        num_classes: 0 leaves the classifier out: the network returns the pooled features, of
-            ours [B, 512].
+        num_classes: 0 leaves the classifier out, and the network returns its pooled features
+            ([B, 512] for ours).
         img_size: side of the images in pixels, for those of timm's networks whose size is fixed.
         stochastic_depth: share of images that skip the last residual branch in training; with 0
             timm's networks keep their own.
 
-    Raises UserError for a name that there is no network of, and for sizes that it does not take.
+    Raises UserError for an unknown name, and for an img_size that the network does not take.
     """
     check_model_name(name)
     if num_classes < 0:
@@ -65,5 +65,5 @@ def build_model(
 
 
 def has_fixed_size(name: str) -> bool:
-    """Whether a network takes images of one size only, that for which it was built."""
+    """Whether a network takes only the image size that it was built for."""
     return is_timm(name) and bool(find_config(name).fixed_input_size)

@@ -102,7 +102,7 @@ def summarise_in_words(
 
 
 def embed(path: Path) -> dict:
-    """A PNG file for the page: base64, and its width in print (200 dots per inch) × 1.28."""
+    """A PNG file of 200 pixels per inch for the page: base64, and its width at 128 per inch."""
     content = path.read_bytes()
     width = int.from_bytes(content[16:20], "big")  # in the PNG's header
     return {"data": base64.b64encode(content).decode(), "width": round(0.64 * width)}

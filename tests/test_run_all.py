@@ -104,7 +104,7 @@ def test_runs_with_other_settings_are_named_and_left_untouched(swept, capsys):
     assert last == f"failed or not reused: {ONE}, {TWO}"
     assert "0 to do (0 of them started), 2 with other settings" in out
     assert "(2 folds × 1 seed)" in out  # the table is of all that is in RUN_DIR, and says so
-    told = "Runs with other settings than the last run_all.py asked for, which it did not run"
+    told = "Not run, because the folder contains a run with other settings than those asked for"
     assert f"- {told}: {ONE}, {TWO}." in out
     assert files(swept) == before
 

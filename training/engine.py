@@ -113,7 +113,7 @@ class Trainer:
     augment: Callable  # (images, labels, draws, step=, micro=) -> images, soft targets
     label_smoothing: float = 0.1
     clip_norm: float | None = None  # largest gradient norm; None: gradients are not clipped
-    loss: Callable = F.cross_entropy  # (logits, soft targets, label_smoothing=) -> their mean
+    loss: Callable = F.cross_entropy  # (logits, soft targets, label_smoothing=) -> their mean loss
     seed_forward: Callable = lambda step, micro: None  # before what the network itself draws
     wrapped: nn.Module = field(init=False)  # the model, in DDP where there are several ranks
     scaler: torch.amp.GradScaler = field(init=False)
