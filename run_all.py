@@ -313,6 +313,7 @@ def archive_old_runs(run_dir: Path, jobs: list[Job]) -> None:
 
 def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]:
     """Run the jobs on this machine; the names of the failed ones, and of those still to do."""
+    # What is left, and the line that shows it.
     failed, problems, left = [], {}, {job.name for job in plan.jobs}
     line = ProgressLine(
         len(plan.finished) + len(plan.jobs), plan.finished, failed=len(plan.mismatched)
@@ -324,6 +325,7 @@ def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]
         except UserError as error:
             problems[job.folder] = f": {error}"
 
+    # What each outcome of a job means for both.
     def report(job: Job, outcome: str) -> None:
         if outcome in (DONE, FAILED):
             left.discard(job.name)
@@ -341,6 +343,7 @@ def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]
             failed.append(job.name)
             line.failed += 1
 
+    # Run until nothing waits.
     slots = make_slots(plan.jobs, args.jobs, args.gpus, cores=usable_cpus(), workers=plan.workers)
     LocalPool(
         slots,

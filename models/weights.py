@@ -195,7 +195,7 @@ def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
         loaded = load_resnet(model, TITLES[name], file.tensors, keep_head=keep_head)
     else:
         loaded = load_twistnet_stem(model, file.tensors, looked)
-    print_left_out(TITLES.get(name, "TwistNet"), model, file.tensors, loaded)
+    print_left_out(title_of(name), model, file.tensors, loaded)
     return {"source": SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
 
 

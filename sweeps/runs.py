@@ -267,9 +267,10 @@ def label_groups(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     """Label runs of one model that differ in settings, weights or data, and note the difference.
 
     The largest group keeps the model's name, the others are "name #2", "name #3", …; unfinished
-    runs stay with the largest. Within a fold runs must have seen the same images, and over all
-    folds images of the same number.
+    runs stay with the largest. Runs of one fold must have seen the same images, and runs of
+    different folds the same number of images.
     """
+    # What most runs have seen.
     labelled, notes = [run for run in runs if not run.results], []
     finished = [run for run in runs if run.results]
     counts = Counter(filter(None, (count_images(run.results) for run in finished)))
@@ -281,11 +282,13 @@ def label_groups(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
         return [count_images(run.results) or usual_count, variant]
 
     for model in dict.fromkeys(run.model for run in finished):
+        # Runs of equal settings and images.
         groups: dict[str, list[Run]] = {}
         for run in finished:
             if run.model == model:
                 how = comparable(settings_of(run.results), IDENTITY_KEYS)
                 groups.setdefault(as_text([how, images_of(run)]), []).append(run)
+        # The largest group keeps the name.
         largest, *rest = sorted(groups.values(), key=len, reverse=True)
         labelled += largest
         for number, group in enumerate(rest, 2):

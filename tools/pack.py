@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.quality > 95:
         raise UserError("--quality above 95 makes files larger and images hardly better")
+
+    # The images, and a place that it is safe to write to.
     train, val, classes = load_imagenet(args.data_dir)
     if not isinstance(train, ImageFiles):
         raise UserError(f"--data_dir {args.data_dir} is packed: give the tree it was made of")
@@ -97,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--out must be another folder than --data_dir")
     if not is_interrupted(args.out):
         check_output_folder(args.out, flag="--out", made_by_tool=[LOCK, MANIFEST])
+
+    # Pack, unless that has been done.
     sources = {"train": train, "val": val}
     settings = {
         "short_side": args.short_side,

@@ -79,6 +79,7 @@ def find_missing(classes: list[ClassSource], out: Path, workers: int) -> list[Cl
     Existing folders are compared with the source file by file, by size: an interrupted tar or a
     power cut leaves folders that look finished.
     """
+    # Folders that exist must be of a class that is wanted ...
     wanted = {out / c.split / c.wnid: c for c in classes}
     existing = [
         path
@@ -92,6 +93,8 @@ def find_missing(classes: list[ClassSource], out: Path, workers: int) -> list[Cl
             f"{foreign[0]} ({len(foreign)} such) is not one of the classes to prepare: "
             "choose an empty --out"
         )
+
+    # ... and complete.
     complete = map_in_processes(
         partial(is_complete, out=out),
         [wanted[path] for path in existing],
