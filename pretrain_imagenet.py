@@ -114,8 +114,8 @@ def add_recipe_flags(group) -> None:
         default="guide",
         choices=PRETRAIN,
         metavar="NAME",
-        help="guide: of the authors' pretraining guide; fast: 88 epochs of images that grow; a1: "
-        "timm's A1, steps of 2048 images by accumulation (pip install timm)",
+        help="guide: the recipe of the authors' pretraining guide; fast: 88 epochs with growing "
+        "image sizes; a1: timm's A1, steps of 2048 images by accumulation (pip install timm)",
     )
     group.add_argument(
         "--model",
@@ -241,6 +241,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[s
             "start it again without --overwrite, which resumes it"
         )
 
+    restarts = read_integer("TORCHELASTIC_MAX_RESTARTS", 0)
+    if args.overwrite and restarts and read_integer("GROUP_WORLD_SIZE", 1) > 1:
+        raise UserError(
+            "--overwrite and --max_restarts on several machines: a restart could archive what has "
+            "been trained: leave one of them out"
+        )
+
     # What --resume stands for.
     if args.resume == Path("auto"):
         args.resume = args.checkpoint_dir / LATEST if has_checkpoint(args.checkpoint_dir) else None
@@ -274,7 +281,8 @@ def main(argv: list[str] | None = None) -> None:
     # The state: of a new run, or of the one to resume.
     state, tensors = open_state(args, given, train, classes, context)
     config = state.config
-    check_precision(context.device, config["precision"])
+    if state.epoch < args.epochs:
+        check_precision(context.device, config["precision"])
     sampler = make_sampler(len(train), config, context)
     check_epochs(state, sampler.steps_per_epoch)
     with run_dir.recording_failure(active=context.is_main):

@@ -209,7 +209,6 @@ def main(argv: list[str] | None = None) -> None:
     # The process, and the run's folder.
     context = init_distributed()
     config = make_config(args, splits, context.device)
-    check_precision(context.device, config["precision"])
     stop = StopRequest()
     run_dir = RunDir(run_folder(args))
     run_dir.lock()
@@ -222,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{results['test_acc']:.1f}"
         )
         return
+    check_precision(context.device, config["precision"])
 
     # The state: of a new run, or of the one to resume.
     state, tensors = load_state(run_dir.path, config)

@@ -34,8 +34,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        if "" in args:  # as a path it would be the working folder
-            self.error("a word of the command line is empty: is a variable of the shell not set?")
+        for word in args:  # as a path it would be the working folder
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error(f"{word or 'an argument'} is empty: is a shell variable unset?")
         return super().parse_known_args([_with_underscores(word) for word in args], namespace)
 
     def error(self, message: str):
@@ -246,7 +247,7 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
             EXIT_FAILED,
         )
     if isinstance(error, OSError):
-        if error.filename is not None and error.strerror:
+        if isinstance(error.filename, (str, os.PathLike)) and error.strerror:
             text = f"{printable(error.filename)}: {error.strerror}"
         return f"error: {text}", EXIT_USAGE if error.errno in _WRONG_PATH else EXIT_FAILED
     return None

@@ -14,6 +14,8 @@ _TRANSIENT = (
 )
 TRANSIENT = {getattr(errno, name) for name in _TRANSIENT.split() if hasattr(errno, name)}
 
+READ, REPLACED, UNREADABLE = range(3)  # whether an image is its own, another of its class, or none
+
 
 def is_transient(error: BaseException | None) -> bool:
     """Whether the same operation may work in a minute, so that a run should be started again."""

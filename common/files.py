@@ -1,5 +1,7 @@
 """Files: atomic writes, outputs that a user names, JSON, text, checksums, locks and free space."""
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -38,7 +40,8 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             error.filename = printable(path)  # a full disk names no file, others the temporary one
         raise
@@ -104,7 +107,7 @@ def require_free_space(folder: Path, needed: float) -> None:
 def check_outputs(
     paths: Iterable[Path], *, flag: str, mark: bytes, inputs: Iterable[Path] = ()
 ) -> None:
-    """Raise UserError if one of `paths` cannot be written, or is a file of somebody else.
+    """Raise UserError if one of `paths` cannot be written, or is not this tool's.
 
     A file among `inputs` is never overwritten. Any other file that exists is overwritten only if it
     contains `mark`: bytes that the tool writes near the start or the end of all its files.
@@ -126,6 +129,8 @@ def check_outputs(
                 "another name or folder, or remove the file"
             )
         try:
+            if len(os.fsencode(path.name)) > 255:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             temporary = temporary_beside(path)
             temporary.touch()
             temporary.unlink()

@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from common.errors import UserError, is_transient
+from common.errors import READ, REPLACED, UNREADABLE, UserError, is_transient
 from common.files import printable
 from data.decoding import RESOURCE_ERRNOS, check_header, is_system_error, read_rgb
 from data.sampling import FIRST_REPEAT, seeded
 
-READ, REPLACED, UNREADABLE = range(3)  # whether an image is its own, another of its class, or none
 DECODED_AT_ONCE = 16  # images, before they are augmented; see TrainSet.__getitems__
 
 

@@ -95,7 +95,7 @@ def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
     how = "seeds averaged within a fold" if unit == "folds" else "folds averaged within a seed"
     notes = [f"Test accuracy on {sweep.dataset}: mean ± std (ddof 1) over {unit}, {how}."]
     if any(row.summary.mean is not None and row.summary.std is None for row in rows):
-        notes.append(f"± –: only one of the {unit} is complete, which has no std.")
+        notes.append(f"± –: no std, because the mean is over a single one of the {unit}.")
     if len(rows) > 1:
         notes.append(
             f"Difference: percentage points against {baseline}, paired by fold; "

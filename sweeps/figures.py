@@ -71,12 +71,15 @@ def new_figure(path: Path, height: float, width: float = WIDTH, *, author: str =
         with warnings.catch_warnings(record=True) as caught:  # two lines for each missing glyph
             warnings.simplefilter("always")
             figure.savefig(picture, format=path.suffix[1:], metadata=metadata)
-        if any("missing from font" in str(warning.message) for warning in caught):
+        others = [each for each in caught if "missing from font" not in str(each.message)]
+        if len(others) < len(caught):
             print(
-                f"{path}: no installed font has all characters of these names, and boxes take "
-                "their place: install one that has, such as Noto Sans CJK",
+                f"{path}: some characters are drawn as boxes, because no installed font has them: "
+                "install one, such as Noto Sans CJK",
                 file=sys.stderr,
             )
+        for each in others:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, picture.getvalue())
 

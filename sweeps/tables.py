@@ -4,6 +4,7 @@ Incomplete rows have a † and the number of missing runs; their mean is over co
 """
 
 import csv
+import errno
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def write_tables(run_dir: Path, *, dataset: str, notes: Sequence[str] = ()) -> s
 def write_table_files(sweep: Sweep, rows: Sequence[Row], baseline: str, folder: Path) -> str:
     """Write table.md, .csv, .tex and runs.csv into a folder, and return the Markdown.
 
-    Raises UserError, and prints the Markdown, where the folder cannot be written.
+    Where they cannot be written, prints it and raises UserError, or OSError as on a full disk.
     """
     notes = footnotes(sweep, rows, baseline)
     markdown = to_markdown(rows, notes)
@@ -63,6 +64,8 @@ def write_table_files(sweep: Sweep, rows: Sequence[Row], baseline: str, folder: 
         write_atomic(folder / "runs.csv", runs_csv(sweep))
     except OSError as error:
         print(markdown)
+        if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
+            raise
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): copy the runs to another folder to "
             "get files of this table"

@@ -80,7 +80,8 @@ def test_given_names_the_flags_of_the_command_line(parser, words, expected):
         (["--batch-size", "1.5"], "'1.5' is not an integer of at least 1"),
         (["--lr", "nan"], "'nan' is not a number of at least 0"),
         (["--lr", "inf"], "'inf' is too large: it must be below 2^63"),
-        (["--data_dir", ""], "a word of the command line is empty"),
+        (["--data_dir", ""], "an argument is empty: is a shell variable unset?"),
+        (["--data_dir="], "--data_dir= is empty"),
         (["--lr", "-1"], "'-1' is not a number"),
         (["--lr", "fast"], "'fast' is not a number"),
         (["--batch", "4"], "unrecognized arguments: --batch 4"),  # no guessing by abbreviation

@@ -1,5 +1,6 @@
 """training/distributed.py: torchrun's environment, whole, incomplete or wrong."""
 
+import datetime
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
+from training import distributed
 from training.distributed import DistributedContext, agree_on_token, init_distributed
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -123,3 +125,11 @@ def test_what_a_start_that_failed_left_in_the_store_is_not_used():
     store.set("dead 1 has dead 0", "")
     words = start(store, [0, 2, 1], pause=0.2)
     assert len(set(words)) == 1 and words[0] != "dead 0"
+
+
+def test_a_rank_that_does_not_come_back_is_an_error_after_a_while(monkeypatch):
+    monkeypatch.setattr(distributed, "CONTROL_TIMEOUT", datetime.timedelta(seconds=0.2))
+    store = dist.HashStore()
+    store.set("hello 1", "dead 1")
+    with pytest.raises(ConnectionError, match="ranks 1 did not come"):
+        agree_on_token(store, 0, 2)

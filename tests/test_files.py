@@ -85,7 +85,11 @@ def test_an_error_names_the_file_that_was_to_be_written(full_disk):
         write_atomic(Path("table.md"), bytes(5000))
     with pytest.raises(OSError) as closed:
         write_atomic(Path("/proc/table.md"), b"")
-    assert (full.value.filename, closed.value.filename) == ("table.md", "/proc/table.md")
+    Path("afile").touch()
+    with pytest.raises(NotADirectoryError) as through:
+        write_atomic(Path("afile/table.md"), b"")
+    found = [error.value.filename for error in (full, closed, through)]
+    assert found == ["table.md", "/proc/table.md", "afile/table.md"]
 
 
 def test_an_unused_path_is_numbered():

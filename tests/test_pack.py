@@ -169,6 +169,8 @@ def test_an_older_pack_that_lacks_a_class_is_refused(tree):
     (out / MANIFEST).write_text(json.dumps({**manifest, "classes": [*manifest["classes"], "new"]}))
     with pytest.raises(UserError, match="has no train images of class new: pack again"):
         load_imagenet(out)
+    run(tree)
+    assert len(load_imagenet(out)[2]) == len(manifest["classes"])
 
 
 def test_a_finished_pack_is_left_as_it_is(tree, capsys):

@@ -151,6 +151,7 @@ def is_packed(out: Path, sources: dict[str, ImageFiles], settings: dict) -> bool
     try:
         for split in sources:
             packed = PackedImages(out, split, manifest["splits"][split])
+            check_classes({split: packed.labels}, manifest["classes"])
             indices = tqdm(
                 range(len(packed)),
                 desc=f"checking {split}",
@@ -194,7 +195,7 @@ def pack(
                 flush=True,
             )
             sys.exit(1)
-        check_classes(writers, classes)
+        check_classes({name: w.labels[w.written] for name, w in writers.items()}, classes)
         finish_pack(out, writers, {**settings, "left_out": unreadable, "classes": classes})
     print(
         f"wrote {out}: {describe(read_manifest(out)['splits'])}"
@@ -202,10 +203,10 @@ def pack(
     )
 
 
-def check_classes(writers: dict[str, PackWriter], classes: list[str]) -> None:
-    """Raise UserError where --skip_unreadable has left out all images of a class."""
-    for split, writer in writers.items():
-        kept = np.bincount(writer.labels[writer.written], minlength=len(classes))
+def check_classes(labels: dict[str, np.ndarray], classes: list[str]) -> None:
+    """Raise UserError where --skip_unreadable has left out all images of a class in a split."""
+    for split in labels:
+        kept = np.bincount(labels[split], minlength=len(classes))
         if not kept.all():
             raise UserError(
                 f"no pack was written: no image of class {classes[int(kept.argmin())]} in {split}/ "

@@ -125,11 +125,11 @@ def init_distributed() -> DistributedContext:
 
 
 def agree_on_token(store: dist.Store, rank: int, world_size: int) -> str:
-    """A word that the ranks which start together have in common, and with none that came before.
+    """A token shared by the ranks of this start, and by no earlier start.
 
     torchrun keeps its store over a restart, and in it the addresses of ranks that have died. Its
     TORCHELASTIC_RESTART_COUNT does not tell starts apart: each machine counts only the failures of
-    its own ranks.
+    its own ranks. Raises ConnectionError on rank 0 where others are missing for CONTROL_TIMEOUT.
     """
     own = secrets.token_hex(8)
     store.set(f"hello {rank}", own)
@@ -137,13 +137,17 @@ def agree_on_token(store: dist.Store, rank: int, world_size: int) -> str:
         token = store.get(f"token for {own}").decode()
         store.set(f"{own} has {token}", "")
         return token
-    # A word found here may be that of a dead rank, so rank 0 looks again until each has answered.
+    # A token found here may be that of a dead rank, so rank 0 looks again until each has answered.
     missing = set(range(1, world_size))
+    deadline = time.monotonic() + CONTROL_TIMEOUT.total_seconds()
     while missing:
+        if time.monotonic() > deadline:
+            names = ", ".join(map(str, sorted(missing)))
+            raise ConnectionError(f"ranks {names} did not come: see their errors, then start again")
         for other in sorted(missing):
-            word = store.get(f"hello {other}").decode()
-            store.set(f"token for {word}", own)
-            if store.check([f"{word} has {own}"]):
+            theirs = store.get(f"hello {other}").decode()
+            store.set(f"token for {theirs}", own)
+            if store.check([f"{theirs} has {own}"]):
                 missing.remove(other)
         time.sleep(0.05)
     return own

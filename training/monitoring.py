@@ -3,8 +3,7 @@
 import statistics
 from math import isfinite
 
-from common.errors import UserError
-from data.images import REPLACED, UNREADABLE
+from common.errors import REPLACED, UNREADABLE, UserError
 from training.checkpoint import BEST, TrainState
 from training.run_dir import RunDir
 
