@@ -697,7 +697,8 @@ def test_every_way_out_is_in_status_json_and_the_run_can_be_resumed(tree, monkey
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(TrainLoop, "fit", out_of_memory)
         pretrain(tree)
-    assert status()["message"].startswith("out of memory: use a smaller --batch_size (CUDA")
+    advice = "out of memory: use a smaller --batch_size or --img_size (CUDA"
+    assert status()["message"].startswith(advice)
 
     with pytest.raises(UserError, match="lr 0.1 → 0.2"):
         pretrain(tree, lr=0.2)

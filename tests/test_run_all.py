@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -147,37 +148,41 @@ def test_dry_run_prints_commands_only_whatever_the_checks_print(data, tmp_path, 
     assert "[Auto-detected] Found ResNet-18 weights: weights/resnet18" in err.getvalue()
 
 
-def set_precision(folder: Path, precision: str) -> None:
-    results = json.loads((folder / "results.json").read_text())
+@contextmanager
+def recorded_precision(folder: Path, precision: str):
+    """Let the results of a run be of this precision, whatever this machine's is, for a while."""
+    path = folder / "results.json"
+    original = path.read_text()
+    results = json.loads(original)
     results["settings"]["precision"] = precision
-    (folder / "results.json").write_text(json.dumps(results))
+    path.write_text(json.dumps(results))
+    try:
+        yield
+    finally:
+        path.write_text(original)
 
 
 def test_a_run_that_a_machine_of_another_precision_has_finished_is_done(swept):
-    plan = run_all.make_plan(*run_all.parse_args(flags("my runs", "--no_amp")))
+    with recorded_precision(swept / ONE, "fp32"):
+        plan = run_all.make_plan(*run_all.parse_args(flags("my runs", "--no_amp")))
     config = plan.configs[Path("my runs", ONE)]
     assert (config["precision"], plan.amp, len(plan.finished)) == ("fp32", False, 1)
-    set_precision(swept / ONE, "bf16")  # by another run_all.py, after this one was planned
-    try:
+    # by another run_all.py, after this one was planned
+    with recorded_precision(swept / ONE, "bf16"):
         with pytest.raises(UserError, match="precision bf16 → fp32"):
             run_all.load_results(plan, Path("my runs", ONE))
         plan.amp = None
         assert run_all.load_results(plan, Path("my runs", ONE))["fold"] == 1
-    finally:
-        set_precision(swept / ONE, "fp32")
 
 
 @pytest.mark.parametrize("launcher", ["local", "slurm"])
 def test_a_finished_run_of_another_precision_is_no_answer_to_no_amp(swept, launcher, capsys):
-    set_precision(swept / ONE, "bf16")
-    try:
+    with recorded_precision(swept / ONE, "bf16"):
         words = flags("my runs", "--dry_run", "--launcher", launcher)
         assert call(*words) == call(*words, "--amp") == 0
         assert "not reused" not in capsys.readouterr().err
         call(*words, "--no_amp")
         assert "(precision bf16 → fp32)" in capsys.readouterr().err
-    finally:
-        set_precision(swept / ONE, "fp32")
 
 
 def test_overwrite_runs_again_and_keeps_the_old_run(swept, capsys):

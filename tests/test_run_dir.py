@@ -279,7 +279,7 @@ def test_the_commit_is_the_checkouts_own(tmp_path, monkeypatch):
     module = tmp_path / "training" / "run_dir.py"
     module.parent.mkdir()
     module.touch()
-    monkeypatch.setattr(run_dir, "__file__", str(module))
+    monkeypatch.setattr(run_dir, "ROOT", tmp_path)
     assert provenance()["commit"] is None  # a copy without git, perhaps inside another checkout
     git(tmp_path, "init", "-q")
     assert provenance()["commit"] is None  # nothing committed yet
