@@ -240,7 +240,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[s
             "torchrun has restarted this run, and --overwrite would archive what it has trained: "
             "start it again without --overwrite, which resumes it"
         )
-
     restarts = read_integer("TORCHELASTIC_MAX_RESTARTS", 0)
     if args.overwrite and restarts and read_integer("GROUP_WORLD_SIZE", 1) > 1:
         raise UserError(

@@ -12,7 +12,13 @@ import numpy as np
 
 from common.errors import UserError
 from data.images import ImageFiles
-from data.packed import MANIFEST, PackedImages, is_interrupted, read_manifest
+from data.packed import (
+    MANIFEST,
+    PackedImages,
+    find_empty_class,
+    is_interrupted,
+    read_manifest,
+)
 from data.splits import list_class_folders, list_images, report_left_out
 
 Source = ImageFiles | PackedImages
@@ -68,11 +74,11 @@ def _load_packed(root: Path) -> tuple[PackedImages, PackedImages, list[str]]:
     train, val = (PackedImages(root, split, splits[split]) for split in ("train", "val"))
     classes = manifest["classes"]
     for packed in (train, val):
-        empty = set(range(len(classes))) - set(np.unique(packed.labels).tolist())
-        if empty:
+        empty = find_empty_class(packed.labels, classes)
+        if empty is not None:
             raise UserError(
-                f"{root} has no {packed.split} images of class {classes[min(empty)]}: pack again, "
-                "from a tree that has images of every class in train/ and val/"
+                f"{root} has no {packed.split} images of class {empty}: pack again, from a tree "
+                "that has images of every class in train/ and val/"
             )
     return train, val, classes
 

@@ -134,6 +134,12 @@ def read_manifest(root: Path) -> dict:
     return manifest
 
 
+def find_empty_class(labels: np.ndarray, classes: list[str]) -> str | None:
+    """The first class that none of the images has, if there is one."""
+    images = np.bincount(labels, minlength=len(classes))
+    return None if images.all() else classes[int(images.argmin())]
+
+
 def is_interrupted(root: Path) -> bool:
     """Whether `root` contains what a killed process left of a pack."""
     return os.path.isfile(root / OLD_JOURNAL) or any(root.glob(f"*{PARTIAL}"))  # neither raises

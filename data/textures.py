@@ -32,6 +32,10 @@ from data.splits import (
 
 __all__ = ["DATASETS", "Splits", "download_dtd", "fingerprint", "load_splits"]
 
+# Names of folders that are splits and not classes, in lower case.
+SPLIT_FOLDERS = frozenset(
+    ["train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation"]
+)
 DTD_PLACES = ["", "dtd", "dtd/dtd"]  # unpacked by hand, by download_dtd, by torchvision
 
 
@@ -117,11 +121,6 @@ def download_dtd(data_dir: str | Path) -> None:
             f"--download: could not download DTD from {DTD._URL} into {data_dir}"
             f" ({what[0] if what else type(error).__name__})"
         ) from error
-
-
-SPLIT_FOLDERS = {
-    *("train", "training", "val", "valid", "validation", "test", "testing", "eval", "evaluation")
-}
 
 
 def load_folder(data_dir: Path, fold: int, *, num_folds: int = 10) -> Splits:

@@ -242,12 +242,12 @@ def load_trained(path: str | Path, *, img_size: int | None = None) -> tuple[nn.M
         print(file.ema, file=sys.stderr)
 
     names = file.classes or (record or {}).get("class_names")
+    if not isinstance(names, list) or len(names) != num_classes:
+        names = None
     return model.eval(), {
         "model": name,
         "num_classes": num_classes,
-        "classes": list(map(str, names))
-        if isinstance(names, list) and len(names) == num_classes
-        else None,
+        "classes": names if names is None else [str(name) for name in names],
         "config": config,
         "record": record,
         "path": str(file.path),

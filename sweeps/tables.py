@@ -64,12 +64,12 @@ def write_table_files(sweep: Sweep, rows: Sequence[Row], baseline: str, folder: 
         write_atomic(folder / "runs.csv", runs_csv(sweep))
     except OSError as error:
         print(markdown)
-        if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
-            raise
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}): copy the runs to another folder to "
-            "get files of this table"
-        ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}): copy the runs to another folder "
+                "to get files of this table"
+            ) from error
+        raise
     return markdown
 
 

@@ -88,6 +88,16 @@ def full_disk():
 
 
 @pytest.fixture
+def trainers(monkeypatch):
+    """The trainers that are made during a test, in their order."""
+    from training.engine import Trainer
+
+    made, init = [], Trainer.__post_init__
+    monkeypatch.setattr(Trainer, "__post_init__", lambda self: made.append(self) or init(self))
+    return made
+
+
+@pytest.fixture
 def failing(monkeypatch):
     """failing(errno.EIO, 2, "1.jpg"): the next two attempts to read such a file fail."""
     from data import decoding

@@ -157,7 +157,7 @@ def test_fewer_images_of_the_same_percentage_are_not_the_same_count(folder, caps
     [
         ({"dataset": "folder"}, "--data_dir is required"),
         ({"dataset": "folder", "data_dir": "tree/val"}, "--fold is required"),
-        ({"img_size": [40, 40], "batch_size": "7", "data_dir": 3}, "--data_dir is required"),
+        ({"dataset": "folder", "img_size": [40], "data_dir": 3}, "--data_dir is required"),
     ],
 )
 def test_a_checkpoint_of_another_program_is_taken_for_what_it_says(folder, config, told):

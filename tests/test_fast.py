@@ -317,23 +317,17 @@ def test_a_network_that_does_not_take_every_size_of_the_run_is_refused_at_the_st
 # ---------------------------------------------------------------- weight decay
 
 
-def decays(tree, monkeypatch, *flags):
-    """The weight decay of each parameter group that a run trains with."""
-    made = []
-    monkeypatch.setattr(
-        Trainer, "__post_init__", lambda t, init=Trainer.__post_init__: made.append(t) or init(t)
-    )
-    pretrain(tree, *flags, epochs=1)
-    return [group["weight_decay"] for group in made[0].optimizer.param_groups]
-
-
 @TINY
-def test_an_epoch_decays_as_much_as_one_of_imagenet(tree, monkeypatch, capsys):
+def test_an_epoch_decays_as_much_as_one_of_imagenet(tree, trainers, capsys):
+    def decays(*flags):
+        pretrain(tree, *flags, epochs=1)
+        return [group["weight_decay"] for group in trainers[-1].optimizer.param_groups]
+
     expected = 5e-5 * 1_281_167 / 18
-    assert decays(tree, monkeypatch) == pytest.approx([expected, 0])
+    assert decays() == pytest.approx([expected, 0])
     assert "weight decay 3.56 (5e-05 × 1,281,167 / 18), 1 epochs of 4" in capsys.readouterr().out
     flags = ("--weight_decay", "1e-5", "--checkpoint_dir", "other")
-    assert decays(tree, monkeypatch, *flags) == pytest.approx([expected / 5, 0])
+    assert decays(*flags) == pytest.approx([expected / 5, 0])
 
 
 @TINY

@@ -61,6 +61,12 @@ def test_a_file_in_a_missing_folder_may_not_be_written():
         check("no/x.csv")
 
 
+@pytest.mark.parametrize("name", ["n" * 300, "/proc/x.csv"])
+def test_a_name_that_cannot_be_written_is_found_before_the_work(name):
+    with pytest.raises(UserError, match=f"--out {name}: cannot be written"):
+        check(name)
+
+
 def test_output_folders_are_new_empty_or_the_tools_own():
     folder = Path("out")
 

@@ -423,6 +423,32 @@ def test_overwrite_does_not_archive_what_torchrun_restarts(tree, monkeypatch):
 
 
 @TINY
+def test_overwrite_is_refused_where_several_machines_may_restart(tree, monkeypatch):
+    """A machine does not count the restarts that another one has caused."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    pretrain(tree, epochs=1)
+    with pytest.raises(UserError, match="--overwrite and --max_restarts on several machines"):
+        pretrain(tree, "--overwrite", epochs=1)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    pretrain(tree, "--overwrite", epochs=1)
+
+
+@TINY
+def test_only_what_is_left_to_train_needs_the_precision_of_the_run(tree, monkeypatch, capsys):
+    pretrain(tree, epochs=1)
+
+    def refuse(*_):
+        raise UserError("the run is in bf16")
+
+    monkeypatch.setattr(pretrain_imagenet, "check_precision", refuse)
+    pretrain(tree, epochs=1)
+    assert "has finished its 1 epochs" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the run is in bf16"):
+        pretrain(tree, "--resume", "checkpoints/latest.pt", epochs=2)
+
+
+@TINY
 def test_a_folder_with_a_run_but_without_latest_is_not_overwritten(tree):
     pretrain(tree, epochs=2)
     for name in ("latest.pt", "latest.prev.pt"):

@@ -18,7 +18,7 @@ from data.transforms import IMAGENET_MEAN, EvalTransform, make_augmentation
 from models import build_model
 from models.resnet import Block, set_stochastic_depth
 from training.checkpoint import load_checkpoint
-from training.engine import LOSSES, Trainer, binary_cross_entropy
+from training.engine import LOSSES, binary_cross_entropy
 from training.optim import OPTIMIZERS, SCHEDULES, count_warmup_steps, make_schedule
 from training.recipes import FLAGS, PRETRAIN, describe_recipe, upgrade_pretrain_config
 
@@ -285,18 +285,14 @@ def test_an_a1_checkpoint_of_the_older_format_resumes_to_the_same_bits(
     assert (config["loss"], config["schedule"]) == ("binary_cross_entropy", "timm_cosine")
 
 
-def test_the_values_that_are_not_flags_act(pretrain, monkeypatch):
+def test_the_values_that_are_not_flags_act(pretrain, trainers, monkeypatch):
     """Each of a recipe's values of training reaches the trainer."""
-    made = []
-    monkeypatch.setattr(
-        Trainer, "__post_init__", lambda t, init=Trainer.__post_init__: made.append(t) or init(t)
-    )
     guide = [*NEW, "--recipe", "guide", "--epochs", "1", "--clip_norm", "2.5"]
     monkeypatch.setitem(PRETRAIN["guide"], "momentum", 0.5)
     monkeypatch.setitem(PRETRAIN["guide"], "nesterov", False)
     monkeypatch.setitem(PRETRAIN["guide"], "label_smoothing", 0.3)
     pretrain(*guide)
-    (trainer,) = made
+    (trainer,) = trainers
     group = trainer.optimizer.param_groups[0]
     assert (group["momentum"], group["nesterov"]) == (0.5, False)
     assert (trainer.clip_norm, trainer.label_smoothing) == (2.5, 0.3)

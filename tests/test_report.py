@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_curves_of_running_and_finished_jobs(tmp_path):
     (tmp_path / "runs" / "dtd_fold2_resnet18_seed42").mkdir()
     (tmp_path / "runs" / "dtd_fold2_resnet18_seed42" / "log.jsonl").write_text("")
     out = tmp_path / "new" / "curves.png"
-    jobs = ("--curves", tmp_path / "checkpoints", "--curves", tmp_path / "runs")
+    jobs = ("--curves", tmp_path / "runs", "--curves", tmp_path / "checkpoints")
     done = report(*jobs, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "dtd_fold2_resnet18_seed42: no epoch in its log.jsonl yet" in done.stdout
@@ -246,6 +247,17 @@ def test_a_notebooks_backend_does_not_stop_the_figures(tmp_path):
     done = report(tmp_path, environment={"MPLBACKEND": backend})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report" / "learning.png").is_file()
+
+
+def test_characters_without_a_font_are_one_line(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    monkeypatch.setattr(figures, "CJK_FONTS", [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with figures.new_figure(tmp_path / "x.png", 1) as figure:
+            figure.text(0.5, 0.5, "日本語")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'x.png'}: some characters are drawn as boxes")
 
 
 def test_gradient_norms_are_drawn_where_they_are_logged(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """The table of a sweep: which runs it has, what is averaged, marked and kept apart."""
 
 import csv
+import errno
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from sweeps import tables
 from sweeps.comparison import footnotes, make_rows, pick_baseline
 from sweeps.runs import add_plan, read_plans, read_sweep
 from sweeps.tables import latex, to_latex, write_tables
@@ -142,6 +145,28 @@ def test_without_scipy_the_table_has_means_and_says_what_to_install(tmp_path, mo
     text = write_planned(tmp_path)
     assert "64.00 ± 2.00" in text and "| +2.00      | 3/0/0 |" in text and "Holm" not in text
     assert "- No intervals and no p values: computing them needs scipy: pip install scipy." in text
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "told"),
+    [
+        (errno.EACCES, UserError, "copy the runs to another folder"),
+        (errno.EROFS, UserError, "copy the runs to another folder"),
+        (errno.ENOSPC, OSError, "No space left on device"),
+    ],
+)
+def test_a_table_that_cannot_be_written_is_printed(
+    tmp_path, monkeypatch, capsys, number, kind, told
+):
+    write_pair(tmp_path)
+
+    def fail(path, content):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(tables, "write_atomic", fail)
+    with pytest.raises(kind, match=told):
+        write_planned(tmp_path)
+    assert "64.00 ± 2.00" in capsys.readouterr().out
 
 
 def test_equal_differences_have_no_interval_and_the_note_says_why(tmp_path):

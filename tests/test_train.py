@@ -286,6 +286,20 @@ def test_an_interrupted_run_keeps_the_factor_of_its_classifier(dtd, stop_after):
 
 
 @TINY
+def test_a_finished_run_does_not_need_its_precision(dtd, monkeypatch, capsys):
+    fine_tune(dtd, epochs=1)
+
+    def refuse(*_):
+        raise UserError("the run is in bf16")
+
+    monkeypatch.setattr(train, "check_precision", refuse)
+    fine_tune(dtd, epochs=1)
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the run is in bf16"):
+        fine_tune(dtd, epochs=1, seed=2)
+
+
+@TINY
 def test_a_run_keeps_the_precision_that_it_started_with(dtd, monkeypatch, capsys):
     fine_tune(dtd, "--no_amp", epochs=1)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})

@@ -287,9 +287,11 @@ def find_recorded(args, about: dict) -> tuple[Path, dict[str, float], int | None
     else:
         path = args.weights.with_name("results.json")
         same = (args.dataset, args.fold) == (config.get("dataset"), config.get("fold"))
-        results = read_json(path) if same and args.weights.name == "best.pt" else None
-        found = {"top-1": (results or {}).get(f"{args.split}_acc")}
-        images = (results or {}).get(f"{args.split}_images")
+        results = (read_json(path) if same and args.weights.name == "best.pt" else None) or {}
+        found, images = (
+            {"top-1": results.get(f"{args.split}_acc")},
+            results.get(f"{args.split}_images"),
+        )
     found = {name: value for name, value in found.items() if isinstance(value, float | int)}
     return path, found, images
 

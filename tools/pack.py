@@ -35,6 +35,7 @@ from data.packed import (
     MANIFEST,
     PackedImages,
     PackWriter,
+    find_empty_class,
     finish_pack,
     is_interrupted,
     map_in_workers,
@@ -151,7 +152,9 @@ def is_packed(out: Path, sources: dict[str, ImageFiles], settings: dict) -> bool
     try:
         for split in sources:
             packed = PackedImages(out, split, manifest["splits"][split])
-            check_classes({split: packed.labels}, manifest["classes"])
+            empty = find_empty_class(packed.labels, manifest["classes"])
+            if empty is not None:
+                raise UserError(f"{out} has no {split} images of class {empty}")
             indices = tqdm(
                 range(len(packed)),
                 desc=f"checking {split}",
@@ -195,23 +198,18 @@ def pack(
                 flush=True,
             )
             sys.exit(1)
-        check_classes({name: w.labels[w.written] for name, w in writers.items()}, classes)
+        for split, writer in writers.items():
+            empty = find_empty_class(writer.labels[writer.written], classes)
+            if empty is not None:
+                raise UserError(
+                    f"no pack was written: no image of class {empty} in {split}/ can be read; "
+                    "restore them, or remove the class from train/ and val/"
+                )
         finish_pack(out, writers, {**settings, "left_out": unreadable, "classes": classes})
     print(
         f"wrote {out}: {describe(read_manifest(out)['splits'])}"
         + (f"; {len(unreadable)} unreadable images left out" if unreadable else "")
     )
-
-
-def check_classes(labels: dict[str, np.ndarray], classes: list[str]) -> None:
-    """Raise UserError where --skip_unreadable has left out all images of a class in a split."""
-    for split in labels:
-        kept = np.bincount(labels[split], minlength=len(classes))
-        if not kept.all():
-            raise UserError(
-                f"no pack was written: no image of class {classes[int(kept.argmin())]} in {split}/ "
-                "can be read; restore them, or remove the class from train/ and val/"
-            )
 
 
 def estimate_size(source: ImageFiles, shrink) -> float:

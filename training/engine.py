@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UserError
+from common.errors import READ, UserError
 from training.distributed import DistributedContext
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -311,7 +311,7 @@ def evaluate(
         num_images += len(labels)
         indices.append(batch.index.clone())  # a worker's tensor keeps a file open
         predicted.append(ranked[:, 0])
-        broken = batch.index[batch.broken > 0].tolist()
+        broken = batch.index[batch.broken != READ].tolist()
         unreadable += [loader.file_name(index) for index in broken]
 
     # Add up over the ranks: the only waits for the device are here.

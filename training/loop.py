@@ -72,7 +72,7 @@ class TrainLoop:
 
     def fit(self, state: TrainState) -> None:
         """Train until `epochs` epochs are finished. Raises Preempted, Diverged or UserError."""
-        # What is on disk, and what is not.
+        # The state, and the checkpoints of it on disk.
         self.start(state)
         if state.step:  # a new branch, or a run that lost its latest.pt, gets it now
             self.ensure_saved(state)
