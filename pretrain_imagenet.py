@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
+from common.cli import Parser, add_amp_flags, add_saving_flags, at_least, run
 from common.errors import UserError
 from common.processes import read_integer
 from data.imagenet import load_imagenet
@@ -34,7 +34,7 @@ from data.transforms import (
     make_augmentation,
     make_eval_transform,
 )
-from models import CHOICES, build_model, has_fixed_size, model_name
+from models import add_model_flag, build_model, has_fixed_size
 from models.timm_models import check_takes_images, is_timm
 from models.twistnet import read_gates
 from models.weights import weights_stem
@@ -117,13 +117,7 @@ def add_recipe_flags(group) -> None:
         help="guide: the recipe of the authors' pretraining guide; fast: 88 epochs with growing "
         "image sizes; a1: timm's A1, steps of 2048 images by accumulation (pip install timm)",
     )
-    group.add_argument(
-        "--model",
-        default="twistnet18",
-        type=model_name,
-        metavar="NAME",
-        help=f"network to train: {CHOICES}",
-    )
+    add_model_flag(group)
     group.add_argument("--epochs", type=at_least(1), metavar="N", help="number of training epochs")
     group.add_argument(
         "--batch_size",
@@ -200,20 +194,14 @@ def add_file_flags(group) -> None:
         action="store_true",
         help="archive the run that is in --checkpoint_dir and start a new one",
     )
-    group.add_argument(
-        "--save_minutes",
-        type=at_least(0, float),
-        default=15,
-        metavar="M",
-        help="minutes between checkpoints within an epoch",
-    )
-    add_tensorboard_flag(group)
+    add_saving_flags(group)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[str]]:
     """The flags, with the recipe's defaults, and the names of those that were given."""
     parser = make_parser()
-    args, given = parser.parse_args(argv), parser.given(argv)
+    args = parser.parse_args(argv)
+    given = parser.given
 
     # The recipe's values for flags that were not given.
     for name in set(FLAGS) - given:
@@ -365,7 +353,7 @@ def open_state(
     check_same_data(state, classes, len(train), digest, args.data_dir)
     state.data_digest = digest
     if context.is_main:
-        print(describe_resumed(state, path, args.epochs), flush=True)
+        print(describe_resumed(state, path, args.epochs))
     return state, tensors
 
 
@@ -629,7 +617,6 @@ def print_run_summary(
             f"--warmup_epochs {config['warmup_epochs']:g} is not shorter than the run: the "
             f"warm-up is a tenth of it, {warmup_steps} of {total_steps} steps"
         )
-    print(end="", flush=True)
 
 
 def make_weights_dir(folder: Path) -> None:

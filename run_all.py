@@ -10,6 +10,7 @@ Several run_all.py may work on one RUN_DIR at the same time; they share the runs
 
 import argparse
 import contextlib
+import itertools
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -228,37 +229,32 @@ def make_plan(args, forwarded: list[str]) -> Plan:
     if args.gpus and max(args.gpus) >= visible:
         raise UserError(f"--gpus {max(args.gpus)}: torch sees {visible} GPUs here, counted from 0")
 
-    # all data before any weights, so that a wrong --data_dir is found at once
-    first_words = run_words(args, forwarded, args.models[0], args.folds[0], args.seeds[0])
-    first = train.make_parser().parse_args(first_words)
-    splits = {}
-    for fold in args.folds:
-        words = run_words(args, forwarded, args.models[0], fold, args.seeds[0])
-        splits[fold] = train.load_data(train.make_parser().parse_args(words))
-    spot_check(splits[args.folds[0]].val)
-    num_classes = len(splits[args.folds[0]].classes)
-    check_weights(args.models, num_classes, first.pretrained, first.img_size)
+    # the command of every run, and its arguments
+    runs = []
+    for fold, seed, model in itertools.product(args.folds, args.seeds, args.models):
+        own = ["--model", model, "--fold", str(fold), "--seed", str(seed)]
+        words = [*forwarded, *own, "--run_dir", str(args.run_dir)]
+        runs.append((words, train.make_parser().parse_args(words)))
+    first = runs[0][1]
 
-    # every run
+    # all data before any weights, so that a wrong --data_dir is found at once
+    splits = {}
+    for _, run_args in runs:
+        if run_args.fold not in splits:
+            splits[run_args.fold] = train.load_data(run_args)
+    spot_check(splits[first.fold].val)
+    check_weights(args.models, len(splits[first.fold].classes), first.pretrained, first.img_size)
+
+    # which runs are finished, and which are to do
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     script = str(Path(train.__file__).resolve())
     plan = Plan(first.dataset, workers=first.workers, amp=first.amp)
-    for fold in args.folds:
-        for seed in args.seeds:
-            for model in args.models:
-                words = run_words(args, forwarded, model, fold, seed)
-                run_args = train.make_parser().parse_args(words)
-                run_args.overwrite = args.overwrite
-                folder = train.run_folder(run_args)
-                plan.configs[folder] = train.make_config(run_args, splits[fold], device)
-                add_to_plan(plan, Job(folder, [sys.executable, "-u", script, *words]), args)
+    for words, run_args in runs:
+        run_args.overwrite = args.overwrite
+        folder = train.run_folder(run_args)
+        plan.configs[folder] = train.make_config(run_args, splits[run_args.fold], device)
+        add_to_plan(plan, Job(folder, [sys.executable, "-u", script, *words]), args)
     return plan
-
-
-def run_words(args, forwarded: list[str], model: str, fold: int, seed: int) -> list[str]:
-    """The words of one run's train.py command, after the script."""
-    own = ["--model", model, "--fold", str(fold), "--seed", str(seed)]
-    return [*forwarded, *own, "--run_dir", str(args.run_dir)]
 
 
 def check_weights(models: list[str], num_classes: int, pretrained: str, img_size: int) -> None:
@@ -267,7 +263,7 @@ def check_weights(models: list[str], num_classes: int, pretrained: str, img_size
         network = build_model(model, num_classes, img_size=img_size)
         weights = load_pretrained(network, model, pretrained, img_size=img_size)
         source = "random weights" if weights["source"] == "none" else weights["source"]
-        print(f"{model} starts from {source}", flush=True)
+        print(f"{model} starts from {source}")
 
 
 def load_results(plan: Plan, folder: Path) -> dict | None:
@@ -287,7 +283,7 @@ def add_to_plan(plan: Plan, job: Job, args) -> None:
         try:
             results = load_results(plan, job.folder)
         except UserError as error:
-            print(f"not reused: {error}", file=sys.stderr, flush=True)
+            print(f"not reused: {error}", file=sys.stderr)
             plan.mismatched.append(job.name)
             return
     if results:
@@ -411,7 +407,6 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.jobs)} to do "
         f"({started} of them started), {len(plan.mismatched)} with other settings",
-        flush=True,
     )
 
     # run it and write the table, which is of everything in RUN_DIR
@@ -425,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
             "Not run, because the folder contains a run with other settings than those asked for: "
             f"{', '.join(plan.mismatched)}."
         )
-    print(write_tables(args.run_dir, dataset=plan.dataset, notes=notes), flush=True)
+    print(write_tables(args.run_dir, dataset=plan.dataset, notes=notes))
 
     # what is left to do
     if left:

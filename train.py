@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Parser, add_amp_flags, add_tensorboard_flag, at_least, run
+from common.cli import Parser, add_amp_flags, add_saving_flags, at_least, run
 from common.errors import Preempted, UserError
 from common.files import write_json
 from common.processes import read_integer, usable_cpus
@@ -27,7 +27,7 @@ from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import Splits, fingerprint
 from data.textures import DATASETS, download_dtd, load_splits
 from data.transforms import Augment, EvalTransform, make_augmentation
-from models import CHOICES, build_model, model_name
+from models import add_model_flag, build_model
 from models.fitting import head_of
 from models.macs import count_macs
 from models.twistnet import read_gates
@@ -116,13 +116,7 @@ def add_data_flags(group) -> None:
 
 
 def add_recipe_flags(group) -> None:
-    group.add_argument(
-        "--model",
-        default="twistnet18",
-        type=model_name,
-        metavar="NAME",
-        help=f"network to train: {CHOICES}",
-    )
+    add_model_flag(group)
     group.add_argument(
         "--pretrained",
         default="auto",
@@ -179,14 +173,7 @@ def add_file_flags(group) -> None:
         action="store_true",
         help="archive an existing run in RUN_DIR/overwritten and start a new one",
     )
-    group.add_argument(
-        "--save_minutes",
-        type=at_least(0, float),
-        default=15,
-        metavar="M",
-        help="minutes between checkpoints within an epoch",
-    )
-    add_tensorboard_flag(group)
+    add_saving_flags(group)
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -325,7 +312,7 @@ def load_state(folder: Path, config: dict) -> tuple[TrainState | None, dict | No
     state, tensors, warning = load_checkpoint(folder / LATEST)
     check_same_config(folder, state.config, config)
     if warning:
-        print(warning, flush=True)
+        print(warning)
     print(f"resuming {folder / LATEST} in epoch {state.epoch + 1}, after step {state.step}")
     return state, tensors
 

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from common.errors import (
     EXIT_BUSY,
@@ -23,10 +23,14 @@ from common.errors import (
     is_transient,
 )
 from common.files import printable
+from common.processes import read_integer
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, --data-dir as well as --data_dir, and UserErrors."""
+    """argparse with defaults in --help, --data-dir as well as --data_dir, and UserErrors.
+
+    given: names of the flags that the last parsed command line has, whatever their values.
+    """
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", _HelpFormatter)
@@ -37,17 +41,13 @@ class Parser(argparse.ArgumentParser):
         for word in args:  # as a path it would be the working folder
             if not word or (word.startswith("--") and word.endswith("=")):
                 self.error(f"{word or 'an argument'} is empty: is a shell variable unset?")
-        return super().parse_known_args([_with_underscores(word) for word in args], namespace)
+        args = [_with_underscores(word) for word in args]
+        flags = {word.partition("=")[0] for word in args}
+        self.given = {a.dest for a in self._actions if flags.intersection(a.option_strings)}
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
-
-    def given(self, args: Sequence[str] | None = None) -> set[str]:
-        """Names of the flags that a command line gives, whatever their values."""
-        unset = object()
-        blank = argparse.Namespace(**{action.dest: unset for action in self._actions})
-        parsed = vars(self.parse_args(args, blank))
-        return {name for name, value in parsed.items() if value is not unset}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -105,7 +105,14 @@ def add_amp_flags(group) -> argparse._ArgumentGroup:
     return group
 
 
-def add_tensorboard_flag(group) -> None:
+def add_saving_flags(group) -> None:
+    group.add_argument(
+        "--save_minutes",
+        type=at_least(0, float),
+        default=15,
+        metavar="M",
+        help="minutes between checkpoints within an epoch",
+    )
     group.add_argument(
         "--tensorboard",
         action="store_true",
@@ -126,9 +133,10 @@ def run(main: Callable[[], None], *, ends_torchrun: bool = False) -> None:
     Exit codes: 0 done, 1 failed (divergence, out of memory), 2 bad input, 3 busy, 75 preempted
     and resumable, 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal in Latin-1 must not end a program
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            # A terminal in Latin-1 must not end a program; a line is in the log when it is printed.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         code = 0
@@ -254,18 +262,18 @@ def explain_error(error: BaseException) -> tuple[str, int] | None:
 
 
 def _print_error(line: str) -> None:
-    rank = os.environ.get("RANK") or "0"
+    rank = os.environ.get("RANK") or "0"  # as text: an error must be printed in any case
     if rank != "0":
         # Ranks mostly fail alike, and torchrun ends the others as soon as one is gone: a rank
         # other than 0 speaks only if it was alone with its error.
         time.sleep(3)
         line = f"rank {rank}: {line}"
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    print(" ".join(line.split()), file=sys.stderr)
 
 
 def _stop_torchrun() -> None:
     """End torchrun after an error that every restart would meet again (--max_restarts)."""
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0:
+    if read_integer("TORCHELASTIC_MAX_RESTARTS", 0):
         os.kill(os.getppid(), signal.SIGTERM)
 
 

@@ -94,7 +94,6 @@ def with_pixel_cache(
             print(
                 "no cache of decoded images, files are decoded in each epoch: "
                 + "; ".join(reasons),
-                flush=True,
             )
         return splits
 
@@ -159,7 +158,7 @@ def _wait_for_lock(place: Path, stop: Callable[[], bool]):
             return lock_folder(place)
         except Busy:  # after two seconds
             if not said:
-                print(f"waiting for the process that decodes the images into {place}", flush=True)
+                print(f"waiting for the process that decodes the images into {place}")
             said = True
     return None
 
@@ -167,7 +166,7 @@ def _wait_for_lock(place: Path, stop: Callable[[], bool]):
 def _decode(source: ImageFiles, place: Path, *, workers: int, stop) -> None:
     size = _mean_size(source) * len(source)
     _check_fits(place, size)
-    print(f"decoding {len(source):,} images once, {size / 1e9:.1f} GB, into {place}", flush=True)
+    print(f"decoding {len(source):,} images once, {size / 1e9:.1f} GB, into {place}")
     with open_pack(place, {SPLIT: source}) as writers:
         images = map_in_workers(
             partial(_read_pixels, source), np.arange(len(source)), workers=workers

@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from common.errors import UserError
 from common.files import printable, read_text
+from common.processes import read_integer
 from data.images import ImageFiles
 
 SPLITS = ("train", "val", "test")
@@ -139,13 +140,12 @@ def _raise(error: OSError):
 
 def report_left_out(root: Path, left_out: Counter) -> None:
     """Say once per listing, on stderr of rank 0, how many images of which formats were left out."""
-    if left_out and not int(os.environ.get("RANK") or 0):
+    if left_out and not read_integer("RANK", 0):
         counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(left_out.items()))
         print(
             f"note: {printable(root)}: left out {counts}: convert these files to JPEG or PNG to "
             "use them",
             file=sys.stderr,
-            flush=True,
         )
 
 

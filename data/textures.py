@@ -23,14 +23,11 @@ from data.splits import (
     Splits,
     check_fold,
     find_root,
-    fingerprint,
     list_class_folders,
     make_splits,
     make_stratified_splits,
     read_fields,
 )
-
-__all__ = ["DATASETS", "Splits", "download_dtd", "fingerprint", "load_splits"]
 
 # Names of folders that are splits and not classes, in lower case.
 SPLIT_FOLDERS = frozenset(

@@ -13,18 +13,17 @@ class TimmRandAugment:
     """One of timm's RandAugment policies, such as rand-m7-n2-mstd0.5-inc1, for single images.
 
     RandAugment: Cubuk et al. 2019, arXiv:1909.13719. `size` is that of the images, which limits how
-    far they are translated; `mean` (three values from 0 to 1) is the color of pixels that come from
-    outside of the image. Raises UserError if timm is not installed.
+    far they are translated. Raises UserError if timm is not installed.
     """
 
-    def __init__(self, name: str, *, size: int, mean: tuple[float, float, float]):
+    def __init__(self, name: str, *, size: int):
         timm_augment = import_optional("timm.data.auto_augment", purpose=f"RandAugment {name}")
         # The same arguments as in timm's own transforms_imagenet_train for a crop of `size`.
         self.policy = timm_augment.rand_augment_transform(
             name,
             {
                 "translate_const": int(size * 0.45),
-                "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+                "img_mean": (124, 116, 104),  # ImageNet's, for pixels from outside of the image
             },
         )
 

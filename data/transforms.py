@@ -24,6 +24,19 @@ RECIPE_SIZE = 224  # px; the sizes in recipes are for this --img_size, others ar
 MAX_ASPECT = 32  # longer side over shorter: of longer images, evaluation resizes only the centre
 
 
+def flip_randomly(epoch: int, index: int) -> bool:
+    return bool(torch.rand(1) < 0.5)
+
+
+def flip_alternately(epoch: int, index: int, *, seed: int) -> bool:
+    """Flip each image in every second epoch; whether in the first depends on (seed, index).
+
+    Two epochs thus show an image both ways. Source: Jordan 2024, arXiv:2404.00498, section 3.6.
+    """
+    # The fifth number keeps this draw apart from those of samples and micro-batches.
+    return (key_seed(seed, 0, index, 0, 1) + epoch) % 2 == 1
+
+
 class TrainTransform:
     """RandomResizedCrop (bicubic) and flip of one uint8 image, and its RandAugment draws.
 
@@ -40,12 +53,12 @@ class TrainTransform:
         scale: tuple[float, float] = (0.08, 1.0),
         num_ops: int = 2,
         post_crop: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        flip: Callable[[int, int], bool] | None = None,
+        flip: Callable[[int, int], bool] = flip_randomly,
     ):
         self.size = size
         self.crop = v2.RandomResizedCrop(1, scale=scale, interpolation=_BICUBIC)
         self.num_ops, self.post_crop = num_ops, post_crop
-        self.flip = flip or flip_randomly
+        self.flip = flip
 
     def size_at(self, epoch: int) -> int:
         return self.size(epoch) if callable(self.size) else self.size
@@ -67,24 +80,6 @@ class TrainTransform:
         if self.post_crop:
             crop = self.post_crop(crop)
         return crop, RandAugment.draw(self.num_ops)
-
-
-def flip_randomly(epoch: int, index: int) -> bool:
-    return bool(torch.rand(1) < 0.5)
-
-
-class AlternatingFlip:
-    """Flip each image in every second epoch; whether in the first depends on (seed, index).
-
-    Two epochs thus show an image both ways. Source: Jordan 2024, arXiv:2404.00498, section 3.6.
-    """
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __call__(self, epoch: int, index: int) -> bool:
-        # The fifth number keeps this draw apart from those of samples and micro-batches.
-        return (key_seed(self.seed, 0, index, 0, 1) + epoch) % 2 == 1
 
 
 def ramp_size(epoch: int, *, epochs: int, low: int, high: int) -> int:
@@ -280,15 +275,16 @@ def make_augmentation(
     """
     (num_ops, magnitude), post_crop = (0, 0), None
     if isinstance(recipe["randaugment"], str):
-        post_crop = TimmRandAugment(recipe["randaugment"], size=size, mean=IMAGENET_MEAN)
+        post_crop = TimmRandAugment(recipe["randaugment"], size=size)
     else:
         num_ops, magnitude = recipe["randaugment"]
+    flips = {"random": flip_randomly, "alternating": partial(flip_alternately, seed=seed)}
     transform = TrainTransform(
         make_size_schedule({**recipe, "img_size": size}),
         scale=tuple(recipe["crop_scale"]),
         num_ops=num_ops,
         post_crop=post_crop,
-        flip=AlternatingFlip(seed) if recipe.get("flip") == "alternating" else None,
+        flip=flips[recipe.get("flip", "random")],
     )
     return transform, Augment(
         num_classes, seed=seed, magnitude=magnitude, mixup=recipe["mixup"], cutmix=recipe["cutmix"]

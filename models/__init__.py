@@ -39,6 +39,16 @@ def model_name(text: str) -> str:
     return text
 
 
+def add_model_flag(group) -> None:
+    group.add_argument(
+        "--model",
+        default="twistnet18",
+        type=model_name,
+        metavar="NAME",
+        help=f"network to train: {CHOICES}",
+    )
+
+
 def build_model(
     name: str, num_classes: int, *, img_size: int | None = None, stochastic_depth: float = 0.0
 ) -> nn.Module:

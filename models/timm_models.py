@@ -167,7 +167,7 @@ def fetch_published(name: str, img_size: int | None) -> dict[str, Tensor]:
     Raises UserError where they cannot be downloaded.
     """
     source = published_source(name)
-    print(f"[{name} Pretrained] Loading {source}", flush=True)
+    print(f"[{name} Pretrained] Loading {source}")
     try:
         with quiet_downloads():
             return create_filled(name, img_size)

@@ -55,17 +55,16 @@ def load_resnet(
 ) -> list[str]:
     """Load all that fits into ResNet-18 or SE-ResNet-18; return the names of these tensors."""
     loaded = load_fitting(model, tensors, keep_head=keep_head)
-    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {SOURCE}", flush=True)
+    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {SOURCE}")
     scores = WEIGHTS.meta["_metrics"]["ImageNet-1K"]
     print(
         f"[{title} Pretrained] {len(WEIGHTS.meta['categories'])} classes, top-1 "
         f"{scores['acc@1']:.2f} %, top-5 {scores['acc@5']:.2f} % (torchvision's figures)",
-        flush=True,
     )
     return loaded
 
 
-def load_twistnet_stem(
+def load_early_layers(
     model: nn.Module, tensors: dict[str, Tensor], looked: list[Path]
 ) -> list[str]:
     """Load only the stem, layer1 and layer2, and warn; return the names of these tensors."""
@@ -79,6 +78,5 @@ def load_twistnet_stem(
         f"stem, layer1 and layer2 come from {SOURCE}: {len(loaded)} tensors, {count:,} of "
         f"{total:,} parameters = {100 * count / total:.1f} %. This is not recommended: run "
         "pretrain_imagenet.py first.",
-        flush=True,
     )
     return loaded

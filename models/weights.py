@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import read_json, sha256
+from common.files import ROOT, read_json, sha256
 from models import MODELS, build_model
 from models.fitting import (
     check_head,
@@ -25,12 +25,11 @@ from models.timm_models import (
     is_timm,
     published_source,
 )
-from models.torchvision_weights import SOURCE, fetch_resnet18, load_resnet, load_twistnet_stem
+from models.torchvision_weights import SOURCE, fetch_resnet18, load_early_layers, load_resnet
 from models.weights_file import WeightsFile, read_bytes, read_weights
 
-SCRIPT_DIR = Path(__file__).resolve().parent.parent
-# Networks that torchvision's weights fill, and their titles; all others are TwistNets, of which
-# these weights fill the early layers.
+# Our networks that torchvision's weights fill, and their titles; the others of ours are TwistNets,
+# of which these weights fill the early layers.
 TITLES = {"resnet18": "ResNet-18", "seresnet18": "SE-ResNet-18"}
 # Networks that may be filled in part, and with whose weights.
 PARTIAL = {
@@ -62,7 +61,7 @@ def candidate_paths(name: str) -> list[Path]:
     return [
         folder / f"{weights_stem(each)}.pt"
         for each in names
-        for folder in (Path("weights"), SCRIPT_DIR / "weights")
+        for folder in (Path("weights"), ROOT / "weights")
     ]
 
 
@@ -130,17 +129,17 @@ def load_pretrained(
 
     title, head = title_of(name), head_of(name)
     if pretrained == "auto":
-        print(f"[Auto-detected] Found {title} weights: {path}", flush=True)
+        print(f"[Auto-detected] Found {title} weights: {path}")
     file = read_weights(path)
     tensors = check_tensors(model, name, file, keep_head=keep_head, img_size=img_size)
     if keep_head:
         check_head(model, path, tensors, head)
     loaded = load_fitting(model, tensors, keep_head=keep_head, head=head)
 
-    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {path}", flush=True)
-    print(f"[{title} Pretrained] {describe(file)}", flush=True)
+    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {path}")
+    print(f"[{title} Pretrained] {describe(file)}")
     if file.ema:
-        print(f"[{title} Pretrained] {file.ema}", flush=True)
+        print(f"[{title} Pretrained] {file.ema}")
     print_left_out(title, model, tensors, loaded)
     return {"source": str(path), "sha256": file.sha256, "tensors_loaded": len(loaded)}
 
@@ -178,7 +177,7 @@ def load_published(model: nn.Module, name: str, img_size: int | None, *, keep_he
     if keep_head:
         check_head(model, Path(source), tensors, head)
     loaded = load_fitting(model, tensors, keep_head=keep_head, head=head)
-    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {source}", flush=True)
+    print(f"[{title} Pretrained] Loaded {len(loaded)} layers from {source}")
     print_left_out(title, model, tensors, loaded)
     return {"source": source, "sha256": None, "tensors_loaded": len(loaded)}
 
@@ -194,7 +193,7 @@ def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
     if name in TITLES:
         loaded = load_resnet(model, TITLES[name], file.tensors, keep_head=keep_head)
     else:
-        loaded = load_twistnet_stem(model, file.tensors, looked)
+        loaded = load_early_layers(model, file.tensors, looked)
     print_left_out(title_of(name), model, file.tensors, loaded)
     return {"source": SOURCE, "sha256": None, "tensors_loaded": len(loaded)}
 
@@ -308,4 +307,4 @@ def print_left_out(
         ("New in the network", new, own),
     ):
         if names:
-            print(f"[{title} Pretrained] {text}: {', '.join(shorten(names, among))}", flush=True)
+            print(f"[{title} Pretrained] {text}: {', '.join(shorten(names, among))}")

@@ -101,7 +101,7 @@ def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
             f"Difference: percentage points against {baseline}, paired by fold; "
             "W/T/L: folds won, tied, lost."
         )
-        notes += tests_done(sweep, rows)
+        notes += describe_tests(sweep, rows)
     if any(row.summary.missing for row in rows):
         notes.append(
             f"† runs that are missing, of the {rows[0].summary.runs} (fold, seed) that were "
@@ -118,10 +118,10 @@ def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
         if row.summary.left_out and not row.summary.missing:
             runs = count(row.summary.left_out, "finished run")
             notes.append(f"{row.label}: {runs} not in the mean, which is over complete {unit}.")
-    return notes + initial_weights(sweep) + unlike_baseline(sweep, baseline) + sweep.notes
+    return notes + describe_weights(sweep) + describe_differences(sweep, baseline) + sweep.notes
 
 
-def tests_done(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+def describe_tests(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     """How the intervals and p values of the table were computed, and why others are absent."""
     compared = [row for row in rows if row.versus]
     notes = []
@@ -147,7 +147,7 @@ def tests_done(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def initial_weights(sweep: Sweep) -> list[str]:
+def describe_weights(sweep: Sweep) -> list[str]:
     """A note on what each row started from, and how many tensors of it were loaded."""
     parts = []
     for label in sweep.labels:
@@ -161,7 +161,7 @@ def initial_weights(sweep: Sweep) -> list[str]:
     return [f"Initial weights: {'; '.join(parts)}."] if parts else []
 
 
-def unlike_baseline(sweep: Sweep, baseline: str) -> list[str]:
+def describe_differences(sweep: Sweep, baseline: str) -> list[str]:
     """A note on each row whose runs differ from the baseline's in more than the network."""
     notes, base = [], {run.key: run.results for run in sweep.finished(baseline)}
     for label in sweep.labels:

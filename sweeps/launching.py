@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -225,7 +224,6 @@ class ProgressLine:
 
     def say(self, text: str) -> None:
         self.bar.write(text)
-        sys.stdout.flush()
 
     def show(self, running: int) -> None:
         """Draw the line again, at most once per second."""

@@ -12,7 +12,8 @@ from common.errors import UserError
 from data.images import Sample
 from training.distributed import DistributedContext
 from training.engine import EvalMetrics, Trainer, check_precision, choose_precision, evaluate
-from training.optim import make_sgd
+from training.optim import make_optimizer
+from training.recipes import PRETRAIN
 
 CONTEXT = DistributedContext()
 
@@ -371,7 +372,7 @@ def make_fp16(model, images_of_step, precision="fp16"):
     def augment(images, labels, draws, *, step, micro):
         return images.float() * images_of_step.get(step, 1e-2), torch.eye(3)[labels]
 
-    optimizer = make_sgd(model, lr=0.1, weight_decay=0)
+    optimizer = make_optimizer({**PRETRAIN["guide"], "weight_decay": 0}, model, lr=0.1)
     return Trainer(model, optimizer, CONTEXT, precision, augment)
 
 

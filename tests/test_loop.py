@@ -26,7 +26,8 @@ from training.checkpoint import (
 from training.distributed import DistributedContext
 from training.engine import EvalMetrics, Evaluator, Trainer
 from training.loop import TrainLoop
-from training.optim import cosine_lr_at, make_sgd
+from training.optim import cosine_lr_at, make_optimizer
+from training.recipes import PRETRAIN
 from training.run_dir import RunDir
 
 CONTEXT = DistributedContext()
@@ -154,7 +155,8 @@ def make(
 ):
     """The loop and the state of a run of 3 epochs of 4 steps: a new one, or that of the folder."""
     model, stop = model or tiny(), stop or Stop()
-    trainer = Trainer(model, make_sgd(model, lr=0.1, weight_decay=1e-3), CONTEXT, "fp32", mixing)
+    optimizer = make_optimizer({**PRETRAIN["guide"], "weight_decay": 1e-3}, model, lr=0.1)
+    trainer = Trainer(model, optimizer, CONTEXT, "fp32", mixing)
     state = TrainState({"lr": 0.1}, ["a", "b", "c"], num_images)
     if (folder / LATEST).exists():
         state, tensors, _ = load_checkpoint(folder / LATEST)

@@ -7,7 +7,8 @@ import pytest
 from torchvision.datasets import Flowers102
 
 from common.errors import UserError
-from data.textures import fingerprint, load_splits
+from data.splits import fingerprint
+from data.textures import load_splits
 
 NAMES = ("fmd", "kth_tips2b", "cub200", "flowers102")
 

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from models import build_model
-from training.optim import cosine_lr_at, count_warmup_steps, make_optimizer, make_sgd
+from training.optim import cosine_lr_at, count_warmup_steps, make_optimizer
+from training.recipes import PRETRAIN
+
+GUIDE = PRETRAIN["guide"]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_warm_up_is_shorter_than_the_run(epochs, per_epoch, total, expected):
 @pytest.mark.parametrize("name", ["twistnet18", "seresnet18"])
 def test_only_weights_of_convolutions_and_linear_layers_decay(name):
     model = build_model(name, 5)
-    optimizer = make_sgd(model, lr=0.1, weight_decay=1e-4)
+    optimizer = make_optimizer(GUIDE, model, lr=0.1)
     decayed, others = optimizer.param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (1e-4, 0.0)
     weights = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
@@ -91,7 +94,7 @@ def test_only_weights_of_convolutions_and_linear_layers_decay(name):
 def test_named_parameters_have_groups_of_their_own_with_their_factor():
     model = build_model("resnet18", 5)
     factors = {"fc.weight": 10.0, "fc.bias": 10.0}
-    optimizer = make_sgd(model, lr=0.1, weight_decay=1e-4, lr_factors=factors)
+    optimizer = make_optimizer(GUIDE, model, lr=0.1, lr_factors=factors)
     found = [
         (group["lr_factor"], group["weight_decay"], len(group["params"]))
         for group in optimizer.param_groups
@@ -121,7 +124,7 @@ def test_it_is_sgd_with_nesterov_momentum_of_09():
     """Two steps worked by hand: p = 1, gradient 1, lr 0.1, decay 0.5, momentum 0.9."""
     layer = nn.Linear(1, 1)
     nn.init.ones_(layer.weight), nn.init.ones_(layer.bias)
-    optimizer = make_sgd(layer, lr=0.1, weight_decay=0.5)
+    optimizer = make_optimizer({**GUIDE, "weight_decay": 0.5}, layer, lr=0.1)
     weights, biases = [], []
     for _ in range(2):
         layer.weight.grad, layer.bias.grad = torch.ones(1, 1), torch.ones(1)

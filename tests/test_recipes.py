@@ -19,7 +19,7 @@ from models import build_model
 from models.resnet import Block, set_stochastic_depth
 from training.checkpoint import load_checkpoint
 from training.engine import LOSSES, binary_cross_entropy
-from training.optim import OPTIMIZERS, SCHEDULES, count_warmup_steps, make_schedule
+from training.optim import OPTIMIZERS, SCHEDULES, count_warmup_steps, make_optimizer, make_schedule
 from training.recipes import FLAGS, PRETRAIN, describe_recipe, upgrade_pretrain_config
 
 A1 = PRETRAIN["a1"]
@@ -116,7 +116,7 @@ def test_optimizer_is_timms_lamb_with_its_groups_for_decay(timm):
     from timm.optim import Lamb, param_groups_weight_decay
 
     model = build_model("twistnet18", 5)
-    ours = OPTIMIZERS["lamb"](model, lr=A1["lr"], weight_decay=A1["weight_decay"])
+    ours = make_optimizer(A1, model, lr=A1["lr"])
     theirs = param_groups_weight_decay(model, weight_decay=A1["weight_decay"])
     assert isinstance(ours, Lamb) and ours.defaults["max_grad_norm"] == 1.0
 
@@ -174,7 +174,7 @@ def test_without_timm_it_is_said_what_to_install(monkeypatch):
     for module in ("timm.optim", "timm.data.auto_augment"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match="LAMB.* needs timm: pip install timm"):
-        OPTIMIZERS["lamb"](nn.Linear(2, 2), lr=1.0, weight_decay=0.0)
+        make_optimizer(A1, nn.Linear(2, 2), lr=1.0)
     with pytest.raises(UserError, match="RandAugment rand-m7-.* needs timm: pip install timm"):
         make_augmentation(A1, size=32, seed=0, num_classes=3)
 

@@ -73,31 +73,6 @@ def test_writing_again_is_allowed_but_leftovers_of_a_larger_set_are_not(tmp_path
         write_small_tree(tmp_path, train_per_class=2)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_classes": 11}, "num_classes 11"),
-        ({"num_classes": 1}, "num_classes 1"),
-        ({"train_per_class": 0}, "train_per_class 0"),
-        ({"size": 4}, "size 4"),
-    ],
-)
-def test_impossible_requests_are_refused(tmp_path, change, message):
-    with pytest.raises(UserError, match=message):
-        write_small_tree(tmp_path, **change)
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "train").touch()
-    with pytest.raises(UserError, match=r"train/banded: cannot be written \(Not a directory\)"):
-        write_small_tree(tmp_path)
-
-
-def test_fewer_than_three_images_per_class_are_refused(tmp_path):
-    with pytest.raises(UserError, match="images_per_class 2"):
-        write_dtd(tmp_path, images_per_class=2, folds=1, size=24, seed=5)
-
-
 def colour_histogram(image):
     """How often each of 4 x 4 x 4 colours occurs."""
     cells = (image // 64).reshape(-1, 3) @ (16, 4, 1)

@@ -12,9 +12,9 @@ import pytest
 from torchvision.datasets import DTD
 
 from common.errors import UserError
-from data.splits import list_images
+from data.splits import fingerprint, list_images
 from data.synthetic import write_dtd
-from data.textures import DATASETS, download_dtd, fingerprint, load_splits
+from data.textures import DATASETS, download_dtd, load_splits
 
 SPLITS = ("train", "val", "test")
 

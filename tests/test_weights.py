@@ -45,7 +45,7 @@ def folders(tmp_path, monkeypatch):
     (tmp_path / "here" / "weights").mkdir(parents=True)
     (tmp_path / "script" / "weights").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(weights, "SCRIPT_DIR", tmp_path / "script")
+    monkeypatch.setattr(weights, "ROOT", tmp_path / "script")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
     def no_network(*args, **kwargs):

@@ -47,7 +47,7 @@ def main() -> None:
 
 def draw_data(folder: Path) -> None:
     """Two sets of the same kinds of textures: an ImageNet tree, and DTD's layout with folds."""
-    print(f"drawing {CLASSES} kinds of textures at {SIZE} px in {folder}", flush=True)
+    print(f"drawing {CLASSES} kinds of textures at {SIZE} px in {folder}")
     write_imagenet_tree(
         folder / "imagenet",
         train_per_class=120,
@@ -85,7 +85,7 @@ def run_script(name: str, flags: str, *, folder: Path) -> None:
     """Print a script's command as one would type it in `folder`, and run it there."""
     script = os.path.relpath(ROOT / name, folder.resolve())  # `folder` may be behind a link
     words = [script, *flags.split()]
-    print(f"\n$ cd {folder} && {shlex.join(['python', *words])}", flush=True)
+    print(f"\n$ cd {folder} && {shlex.join(['python', *words])}")
     env = {**os.environ, "TWISTNET_LAUNCHER": str(os.getpid())}  # it ends when this process does
     if subprocess.run([sys.executable, *words], cwd=folder, env=env).returncode:
         raise UserError(f"{name} failed, see its message above")

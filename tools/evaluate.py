@@ -134,7 +134,6 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(source):,} images of {args.dataset}, {part}, in {args.data_dir}; resize "
         f"{transform.resize}, crop {args.img_size}, {args.precision}"
         + (", with mirror images" if args.flip else ""),
-        flush=True,
     )
 
     # accuracies, beside the recorded ones
@@ -288,10 +287,8 @@ def find_recorded(args, about: dict) -> tuple[Path, dict[str, float], int | None
         path = args.weights.with_name("results.json")
         same = (args.dataset, args.fold) == (config.get("dataset"), config.get("fold"))
         results = (read_json(path) if same and args.weights.name == "best.pt" else None) or {}
-        found, images = (
-            {"top-1": results.get(f"{args.split}_acc")},
-            results.get(f"{args.split}_images"),
-        )
+        found = {"top-1": results.get(f"{args.split}_acc")}
+        images = results.get(f"{args.split}_images")
     found = {name: value for name, value in found.items() if isinstance(value, float | int)}
     return path, found, images
 

@@ -165,7 +165,7 @@ def is_packed(out: Path, sources: dict[str, ImageFiles], settings: dict) -> bool
             for index in indices:
                 packed.check_header(index)
     except (OSError, UserError) as error:
-        print(f"packing again: {error}", flush=True)
+        print(f"packing again: {error}")
         remove_pack(out, sources)
         return False
     print(f"{out} is packed already and undamaged: {describe(manifest['splits'])}")
@@ -195,7 +195,6 @@ def pack(
                 "them, or leave them out with --skip_unreadable, and run the same command again: "
                 + "; ".join(unreadable),
                 file=sys.stderr,
-                flush=True,
             )
             sys.exit(1)
         for split, writer in writers.items():

@@ -34,7 +34,7 @@ def write_weights(model: torch.nn.Module, record: dict, name: str, folders: list
         archive_previous(path, record["recipe"]["run"])
         write_atomic(path, weights)
         write_json(path.with_suffix(".json"), record)
-        print(f"wrote {path}", flush=True)
+        print(f"wrote {path}")
 
 
 def archive_previous(path: Path, run: str) -> None:
@@ -50,4 +50,4 @@ def archive_previous(path: Path, run: str) -> None:
     path.rename(old)
     if record.exists():
         record.rename(old.with_suffix(".json"))
-    print(f"{path} belonged to another run: it is now {old}", flush=True)
+    print(f"{path} belonged to another run: it is now {old}")

@@ -110,7 +110,7 @@ class TrainLoop:
         if self.needs_best:
             raise UserError(f"{problem}: start again with --overwrite")
         if state.epoch < self.epochs:
-            print(f"warning: {problem}: that will be the best of the next epochs", flush=True)
+            print(f"warning: {problem}: that will be the best of the next epochs")
             state.best_epoch = 0
 
     def log_history(self, state: TrainState) -> None:
@@ -173,7 +173,7 @@ class TrainLoop:
         state.history[-1].update(self.validate(state).as_row("val"))
         self.save(state, best=state.update_best())
         if self.context.is_main:
-            print(describe_row(state.history[-1]), flush=True)
+            print(describe_row(state.history[-1]))
 
     def end_epoch(self, state: TrainState, metrics: EvalMetrics | None) -> None:
         """Turn the epoch's sums into a row of the log, save, and report what is unusual.
@@ -209,14 +209,14 @@ class TrainLoop:
         # The log.
         self.log_history(state)
         if self.context.is_main:
-            print(describe_row(row), flush=True)
+            print(describe_row(row))
 
     def finish(self, state: TrainState) -> None:
         """Make sure that the last checkpoints are on disk."""
         self.ensure_saved(state)
         best, latest = self.run_dir.path / BEST, self.run_dir.path / LATEST
         if self.context.is_main and not best.exists():
-            print(f"warning: {best} is missing: the last epoch takes its place", flush=True)
+            print(f"warning: {best} is missing: the last epoch takes its place")
             replace_by_link(latest, best)
             state.best_epoch = state.epoch
 
@@ -281,7 +281,7 @@ class TrainLoop:
                 if bad is None:
                     warning = self.checkpointer.save(state.to_dict(tensors), best=best)
                     if warning:
-                        print(warning, flush=True)
+                        print(warning)
             except UserError as failure:
                 error = failure
 
@@ -353,7 +353,7 @@ class TrainLoop:
         """Wait for the checkpoint being written; True, and a warning, if it failed."""
         warning = self.checkpointer.join()
         if warning:
-            print(warning, flush=True)
+            print(warning)
         return warning is not None
 
     def step_in_epoch(self, state: TrainState) -> int:

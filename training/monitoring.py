@@ -32,7 +32,6 @@ def report_gradient_spike(norms: list[float], row: dict, steps: int, run_dir: Ru
     print(
         f"warning: epoch {row['epoch']} step {step}: gradient norm {largest:.4g}, "
         f"{largest / median:.0f} times the epoch's median {median:.4g}",
-        flush=True,
     )
     run_dir.log_event(
         "gradient_spike", epoch=row["epoch"], step=step, grad_norm=largest, median=median
@@ -57,7 +56,6 @@ def report_rising_loss(state: TrainState, row: dict, run_dir: RunDir) -> None:
         f"warning: the training loss of epoch {row['epoch']}, {row['train_loss']:.3f}, is above "
         f"that of the first epoch, {losses[0]:.3f}, although it had been {min(losses):.3f}: the "
         f"run may have broken{advice}; training continues",
-        flush=True,
     )
     run_dir.log_event(
         "training_loss_rose",
@@ -100,7 +98,6 @@ class UnreadableImages:
             self.warned.add(name)
             print(
                 f"warning: {name} cannot be decoded: another image of its class takes its place",
-                flush=True,
             )
 
 

@@ -36,17 +36,10 @@ def parameter_groups(
     return groups
 
 
-def make_sgd(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    momentum: float = 0.9,
-    nesterov: bool = True,
-    lr_factors: Mapping[str, float] | None = None,
-) -> torch.optim.SGD:
-    groups = parameter_groups(model, weight_decay, lr_factors)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+def make_sgd(groups: list[dict], recipe: dict, lr: float) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(
+        groups, lr=lr, momentum=recipe["momentum"], nesterov=recipe["nesterov"], fused=True
+    )
     # Momentum starts from explicit zeros. Fused SGD would allocate it in the first step, and leave
     # it uninitialised when that step overflows in fp16 and is skipped.
     for group in optimizer.param_groups:
@@ -55,24 +48,15 @@ def make_sgd(
     return optimizer
 
 
-def make_lamb(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float,
-    lr_factors: Mapping[str, float] | None = None,
-) -> torch.optim.Optimizer:
+def make_lamb(groups: list[dict], recipe: dict, lr: float) -> torch.optim.Optimizer:
     """timm's LAMB (You et al. 2020, arXiv:1904.00962), which clips the norm of all gradients to 1.
 
     Raises UserError where timm is not installed.
     """
-    timm_optim = import_optional("timm.optim", purpose="--recipe a1 (LAMB)")
-    return timm_optim.Lamb(parameter_groups(model, weight_decay, lr_factors), lr=lr)
+    return import_optional("timm.optim", purpose="--recipe a1 (LAMB)").Lamb(groups, lr=lr)
 
 
 OPTIMIZERS = {"sgd": make_sgd, "lamb": make_lamb}
-# The values of a recipe that each optimizer takes.
-OPTIMIZER_OPTIONS = {"sgd": ("weight_decay", "momentum", "nesterov"), "lamb": ("weight_decay",)}
 
 
 def make_optimizer(
@@ -83,9 +67,8 @@ def make_optimizer(
     lr_factors: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that a recipe describes; for lr_factors see parameter_groups."""
-    name = recipe.get("optimizer", "sgd")
-    options = {option: recipe[option] for option in OPTIMIZER_OPTIONS[name]}
-    return OPTIMIZERS[name](model, lr=lr, lr_factors=lr_factors, **options)
+    groups = parameter_groups(model, recipe["weight_decay"], lr_factors)
+    return OPTIMIZERS[recipe.get("optimizer", "sgd")](groups, recipe, lr)
 
 
 def cosine_lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int) -> float:

@@ -6,7 +6,7 @@ import threading
 import time
 
 from common.cli import ignore_closed_output
-from common.processes import STOP_SIGNALS
+from common.processes import STOP_SIGNALS, read_integer
 
 ORPHAN_GRACE = 10.0  # seconds that a process without its launcher has for saving
 
@@ -27,7 +27,7 @@ class StopRequest:
             inherited = signal.getsignal(number) == signal.SIG_IGN
             if not (number == signal.SIGHUP and inherited and not under_torchrun):
                 signal.signal(number, self._handle)
-        launcher = int(os.environ.get("TWISTNET_LAUNCHER") or 0)
+        launcher = read_integer("TWISTNET_LAUNCHER", 0)
         if launcher == os.getppid() or under_torchrun:
             threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
         elif launcher and not _is_alive(launcher):

@@ -93,7 +93,7 @@ def load_run(
         return None
     state, tensors, warning = load_checkpoint(path)
     if warning and context.is_main:
-        print(warning, flush=True)
+        print(warning)
     if not isinstance(state.config, dict) or "micro_batches" not in state.config:
         raise UserError(f"{path} is not a checkpoint of pretrain_imagenet.py")
     if len(set(context.gather(state.step))) > 1:
@@ -149,7 +149,7 @@ def copy_best(state: TrainState, source: Path, target: Path) -> None:
         if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
             replace_by_link(best, target / FRESH_BEST)
     except UserError as error:  # a damaged file: as if it were missing
-        print(f"warning: {error}", flush=True)
+        print(f"warning: {error}")
 
 
 def describe_resumed(state: TrainState, path: Path, epochs: int) -> str:

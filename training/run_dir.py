@@ -66,7 +66,7 @@ class RunDir:
         for entry in self.path.iterdir():
             if entry.is_file() and not entry.name.startswith("."):
                 entry.rename(target / entry.name)
-        print(f"--overwrite: the old run is now in {target}", flush=True)
+        print(f"--overwrite: the old run is now in {target}")
 
     # ------------------------------------------------------------------ records
 
@@ -107,9 +107,7 @@ class RunDir:
         try:
             write(self.path / name)
         except OSError as error:
-            print(
-                f"warning: {self.path / name} could not be written ({error.strerror})", flush=True
-            )
+            print(f"warning: {self.path / name} could not be written ({error.strerror})")
 
 
 def _without_nan(row: dict) -> dict:

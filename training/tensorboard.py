@@ -25,7 +25,6 @@ class TensorBoardLogger:
         except OSError as error:  # a full disk must not end a run for its curves
             print(
                 f"warning: {self.folder}: the event file could not be written ({error.strerror})",
-                flush=True,
             )
 
     def _write(self, history: list[dict]) -> None:

@@ -16,7 +16,8 @@ from data.transforms import Augment, normalise
 from models import MODELS, build_model
 from training.distributed import init_distributed
 from training.engine import Trainer, evaluate
-from training.optim import make_sgd
+from training.optim import make_optimizer
+from training.recipes import PRETRAIN
 
 DEVICE = torch.device("cuda")
 
@@ -60,7 +61,7 @@ def has_same_tables() -> bool:
 def make_trainer(name: str, precision: str, num_classes: int = 10, **settings) -> Trainer:
     """A trainer as pretrain_imagenet.py makes it."""
     model = build_model(name, num_classes).to(DEVICE, memory_format=torch.channels_last)
-    optimizer = make_sgd(model, lr=0.1, weight_decay=1e-4)
+    optimizer = make_optimizer(PRETRAIN["guide"], model, lr=0.1)
     augment = Augment(num_classes, seed=0, magnitude=9, mixup=0.2, cutmix=1.0)
     return Trainer(model, optimizer, CONTEXT, precision, augment, **settings)
 

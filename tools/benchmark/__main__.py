@@ -11,8 +11,8 @@
 The plain recipe is tools/benchmark/plain_train.py, what most repositories copy: ImageFolder, Pillow
 transforms, float32, torch.optim. Rows take turns, so that other load on the machine affects all of
 them alike; medians are printed. CPU time is that of this process, or in pretrain, sweep and start
-of the processes started; set OMP_NUM_THREADS=1 for figures per core. loader, step and joint draw
-their own images if no --data_dir is given.
+of the processes started; set OMP_NUM_THREADS=1 for figures per core. loader and joint draw
+their own images if no --data_dir is given; those of step are random.
 
 --recipe is that of loader and joint; pretrain measures it beside the guide's. joint measures each
 image size of a recipe whose images grow, and adds up the epochs; --step_rate is then for
@@ -24,7 +24,6 @@ that never waits for data, as step prints it.
 """
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -32,7 +31,7 @@ import torch
 
 from common.cli import Parser, at_least, run
 from common.errors import UserError
-from common.processes import usable_cpus
+from common.processes import read_integer, usable_cpus
 from data.transforms import make_size_schedule
 from tools.benchmark.end_to_end import measure_pretrain, measure_start, measure_sweep
 from tools.benchmark.loader import measure_loader, measure_loader_at
@@ -252,7 +251,7 @@ def show(found: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if read_integer("WORLD_SIZE", 1) > 1:
         raise UserError("the benchmark is one process: start it with python, not torchrun")
     found = SUBCOMMANDS[args.what](args)
     if args.json:

@@ -16,8 +16,7 @@ from data.images import ImageFiles
 from data.splits import SPLITS, Splits
 from data.synthetic import write_dtd
 from data.textures import load_splits
-from tools.benchmark.processes import children_cpu_seconds, run_python
-from tools.benchmark.timing import interleaved
+from tools.benchmark.timing import children_cpu_seconds, interleaved, run_python
 from training.recipes import FINETUNE, PRETRAIN
 
 PLAIN, OURS = "plain_train.py", "ours"
@@ -158,15 +157,12 @@ def measure(args, what: str, sides: dict[str, Callable], *, images: int) -> dict
     accuracies = {name: [] for name in sides}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
 
-        def make_turn(name: str):
-            def turn(number: int) -> None:
-                out = Path(folder) / f"{name}-{number}"
-                accuracies[name].extend(sides[name](out, 42 + number))
-
-            return turn
+        def run_side(name: str, number: int) -> None:
+            out = Path(folder) / f"{name}-{number}"
+            accuracies[name].extend(sides[name](out, 42 + number))
 
         table = interleaved(
-            {name: make_turn(name) for name in sides},
+            {name: partial(run_side, name) for name in sides},
             rounds=args.rounds,
             warm=0,
             images=images,

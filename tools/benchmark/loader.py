@@ -15,8 +15,7 @@ from data.packed import MANIFEST, PackedImages, finish_pack, open_pack, read_man
 from data.synthetic import write_imagenet_tree
 from data.transforms import find_train_sizes, make_augmentation
 from tools.benchmark.plain_train import NUMBERS, MixingCollate, make_train_transform
-from tools.benchmark.processes import run_python
-from tools.benchmark.timing import interleaved
+from tools.benchmark.timing import interleaved, run_python
 from training.distributed import init_distributed
 from training.recipes import PRETRAIN
 

@@ -1,10 +1,17 @@
-"""Rows that take turns, and the table of their medians."""
+"""Rows that take turns, the processes that they start, and the table of their medians."""
 
+import resource
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
+
+from common.errors import UserError
+from common.files import ROOT
 
 
 def interleaved(
@@ -55,3 +62,17 @@ def print_table(title: str, table: list[dict]) -> None:
             f"{row['row']:32}{row['cpu_ms']:9.3f}{row['wall_ms']:9.3f}"
             f"{1e3 / row['wall_ms']:10.1f}{row['cpu_ratio']:8.2f}{row['wall_ratio']:8.2f}"
         )
+
+
+def run_python(arguments: list) -> None:
+    """Run Python with these arguments in the project's folder. Raises UserError if it fails."""
+    words = list(map(str, arguments))
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{shlex.join(words)} failed: {' '.join(done.stderr.split())[-1000:]}")
+
+
+def children_cpu_seconds() -> float:
+    """CPU seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             if image is not None:
                 title = f"{printable(picture.name)} · {about['model']}"
                 draw_page(page, model, image, block=args.block, names=classes, title=title)
-                print(f"wrote {printable(page)}", flush=True)
+                print(f"wrote {printable(page)}")
         # one comparison per folder of class folders
         for (folder, subfolders), page in zip(folders.items(), pages[len(pictures) :], strict=True):
             compare_classes(page, model, folder, subfolders, block=args.block, reader=reader)
