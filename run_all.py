@@ -254,7 +254,21 @@ def make_plan(args, forwarded: list[str]) -> Plan:
         folder = train.run_folder(run_args)
         plan.configs[folder] = train.make_config(run_args, splits[run_args.fold], device)
         add_to_plan(plan, Job(folder, [sys.executable, "-u", script, *words]), args)
+    if args.launcher == "local":  # a cluster's login node is not where the runs are trained
+        check_same_precision(plan, args.run_dir)
     return plan
+
+
+def check_same_precision(plan: Plan, run_dir: Path) -> None:
+    """Raise UserError where this machine would continue a sweep in another precision."""
+    old = {(results.get("settings") or {}).get("precision") for results in plan.finished} - {None}
+    new = {plan.configs[job.folder]["precision"] for job in plan.jobs}
+    if old and new - old:
+        raise UserError(
+            f"--run_dir {run_dir} has runs in {', '.join(sorted(old))}, and this machine would "
+            f"train others in {', '.join(sorted(new - old))}, which a table keeps apart: give "
+            "--no_amp for fp32 or --amp, use a machine like the first, or choose another --run_dir"
+        )
 
 
 def check_weights(models: list[str], num_classes: int, pretrained: str, img_size: int) -> None:

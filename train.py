@@ -47,14 +47,8 @@ from training.loop import TrainLoop
 from training.optim import make_optimizer, make_schedule
 from training.preemption import StopRequest
 from training.recipes import FINETUNE
-from training.run_config import (
-    CONFIG,
-    RESULTS,
-    adopt_precision,
-    check_same_config,
-    load_finished,
-    run_name,
-)
+from training.results import RESULTS, describe_accuracies, run_name
+from training.run_config import CONFIG, adopt_precision, check_same_config, load_finished
 from training.run_dir import RunDir, provenance
 from training.tensorboard import TensorBoardLogger
 
@@ -203,10 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         run_dir.archive(args.run_dir / "overwritten" / run_dir.path.name)
     results = load_finished(run_dir.path, config)
     if results:
-        print(
-            f"{run_dir.path} is finished: val_acc {results['val_acc']:.1f}, test_acc "
-            f"{results['test_acc']:.1f}"
-        )
+        print(f"{run_dir.path} is finished: {describe_accuracies(results)}")
         return
     check_precision(context.device, config["precision"])
 

@@ -115,7 +115,8 @@ def load_pretrained(
         keep_head: also load the classifier, for evaluation; fine-tuning starts a new one.
         img_size: what build_model was given; weights of timm's networks are fitted to it.
 
-    Returns {"source", "sha256", "tensors_loaded"}; sha256 is None without a file.
+    Returns {"source", "sha256", "tensors_loaded"}, and of a file also "pretraining": its epochs and
+    recipe, if it says so. sha256 is None without a file.
     Raises UserError for a file that is missing, damaged, or does not fit the network.
     """
     pretrained = str(pretrained)
@@ -141,7 +142,12 @@ def load_pretrained(
     if file.ema:
         print(f"[{title} Pretrained] {file.ema}")
     print_left_out(title, model, tensors, loaded)
-    return {"source": str(path), "sha256": file.sha256, "tensors_loaded": len(loaded)}
+    return {
+        "source": str(path),
+        "sha256": file.sha256,
+        "tensors_loaded": len(loaded),
+        "pretraining": describe_pretraining(file),
+    }
 
 
 def check_tensors(
@@ -293,6 +299,14 @@ def describe(file: WeightsFile) -> str:
     except (KeyError, TypeError, ValueError):
         problem = problem or f"{file.path.stem}.json cannot be read"
         return f"Classes, epochs and accuracy unknown: {problem}"
+
+
+def describe_pretraining(file: WeightsFile) -> str | None:
+    """Such as "600 epochs of recipe guide"; None where no JSON beside the file says so."""
+    record = read_record(file)[0] or {}
+    recipe = record.get("recipe")
+    name = recipe.get("recipe") if isinstance(recipe, dict) else None
+    return f"{record['epochs']} epochs of recipe {name}" if name and "epochs" in record else None
 
 
 def print_left_out(

@@ -1,5 +1,6 @@
 """Models compared: the rows of the table, class by class, and what a reader must be told."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from common.errors import UserError
-from sweeps.runs import Run, Sweep, data_of, describe_settings
+from sweeps.runs import PLAN, Run, Sweep, data_of, describe_settings, some
 from sweeps.statistics import (
+    SAME,
     Comparison,
     Summary,
     compare,
@@ -50,15 +52,17 @@ def make_rows(sweep: Sweep, baseline: str) -> list[Row]:
         runs, versus = sweep.finished(label), None
         if label != baseline:
             own, base = paired_means(sweep, label, baseline)
-            versus = compare(own, base, resampling_ratio(runs), test=test)
+            pairs = [*runs, *sweep.finished(baseline)]
+            paired = [run for run in pairs if run.fold in own.keys() & base.keys()]
+            versus = compare(own, base, resampling_ratio(paired), test=test)
         first = runs[0].results if runs else {}
         summary = summarise(sweep.accuracies(label), sweep.expected(label), sweep.all_expected)
         rows.append(Row(label, first.get("parameters"), first.get("gmacs"), summary, versus))
     adjusted = holm([row.versus.p if row.versus else None for row in rows])
-    complete = [row.summary.mean for row in rows if not row.summary.missing]
-    highest = max(complete) if len(complete) > 1 else None
+    complete = [row for row in rows if row.summary.mean is not None and not row.summary.missing]
+    highest = max(row.summary.mean for row in complete) if len(complete) > 1 else math.inf
     return [
-        replace(row, p_holm=p, best=not row.summary.missing and row.summary.mean == highest)
+        replace(row, p_holm=p, best=row in complete and highest - row.summary.mean < SAME)
         for row, p in zip(rows, adjusted, strict=True)
     ]
 
@@ -73,10 +77,9 @@ def paired_means(sweep: Sweep, label: str, baseline: str) -> tuple[dict, dict]:
 
 
 def resampling_ratio(runs: Sequence[Run]) -> float | None:
-    """Test images / images trained on, over these runs; None where results do not say."""
-    test = sum(run.results.get("test_images") or 0 for run in runs)
-    train = sum(run.results.get("train_images") or 0 for run in runs)
-    return test / train if test and train else None
+    """Test images / images trained on, over these runs; None where any result does not say."""
+    counts = [run.results.get(f"{split}_images") for run in runs for split in ("test", "train")]
+    return sum(counts[::2]) / sum(counts[1::2]) if counts and all(counts) else None
 
 
 def best_label(rows: Sequence[Row]) -> str | None:
@@ -95,7 +98,7 @@ def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
     how = "seeds averaged within a fold" if unit == "folds" else "folds averaged within a seed"
     notes = [f"Test accuracy on {sweep.dataset}: mean ± std (ddof 1) over {unit}, {how}."]
     if any(row.summary.mean is not None and row.summary.std is None for row in rows):
-        notes.append(f"± –: no std, because the mean is over a single one of the {unit}.")
+        notes.append(f"± –: no std, because only one {unit[:-1]} is in the mean.")
     if len(rows) > 1:
         notes.append(
             f"Difference: percentage points against {baseline}, paired by fold; "
@@ -118,25 +121,37 @@ def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
         if row.summary.left_out and not row.summary.missing:
             runs = count(row.summary.left_out, "finished run")
             notes.append(f"{row.label}: {runs} not in the mean, which is over complete {unit}.")
-    return notes + describe_weights(sweep) + describe_differences(sweep, baseline) + sweep.notes
+    empty = [row.label for row in rows if row.summary.mean is None and sweep.finished(row.label)]
+    if empty:
+        notes.append(
+            f"{', '.join(empty)}: no mean, because no {unit[:-1]} has all of its runs. Runs that "
+            f"will not be made can be removed from {sweep.run_dir / PLAN}."
+        )
+    notes += describe_weights(sweep) + describe_differences(sweep, baseline)
+    return notes + describe_versions(sweep) + sweep.notes
 
 
 def describe_tests(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     """How the intervals and p values of the table were computed, and why others are absent."""
     compared = [row for row in rows if row.versus]
     notes = []
-    if any(row.versus.low is not None for row in compared):
-        ratio = resampling_ratio(sweep.finished())
+    ratios = {row.label: f"{row.versus.ratio:.2f}" for row in compared if row.versus.p is not None}
+    if ratios:
+        used = min(ratios.values())
+        if len(set(ratios.values())) > 1:
+            used = ", ".join(f"{ratio} ({label})" for label, ratio in ratios.items())
         notes.append(
             "95 % CI and p: corrected resampled t test (Nadeau and Bengio, 2003), with test images "
-            f"/ images trained on = {ratio:.2f}."
+            f"/ images trained on = {used}."
         )
     tests = sum(row.versus.p is not None for row in compared)
     if tests:
+        flips = ""
+        if any(row.versus.sign_flip_p is not None for row in compared):
+            flips = ", and an exact sign-flip p, which does not correct for the folds' overlap"
         notes.append(
             f"p (Holm): corrected for {count(tests, 'comparison')} (Holm, 1979). table.csv also "
-            "has the uncorrected p, and an exact sign-flip p over folds, which does not correct "
-            "for their overlap."
+            f"has the uncorrected p{flips}."
         )
     problem = why_no_tests()
     if problem and any(row.versus.folds >= 3 for row in compared):
@@ -156,8 +171,9 @@ def describe_weights(sweep: Sweep) -> list[str]:
             parts.append(f"{label} random")
         elif weights.get("source"):
             loaded = weights.get("tensors_loaded")
-            size = f" ({count(loaded, 'tensor')})" if loaded else ""
-            parts.append(f"{label} {weights['source']}{size}")
+            details = [count(loaded, "tensor") if loaded else None, weights.get("pretraining")]
+            details = ", ".join(filter(None, details))
+            parts.append(f"{label} {weights['source']}" + (f" ({details})" if details else ""))
     return [f"Initial weights: {'; '.join(parts)}."] if parts else []
 
 
@@ -172,10 +188,36 @@ def describe_differences(sweep: Sweep, baseline: str) -> list[str]:
         changes = describe_settings(*pairs[0], ignore=("weights",))
         if changes:
             notes.append(f"Not like for like: {label} ran with {changes} in {baseline}.")
+        origins = [origin_of(results) for results in pairs[0]]
+        if all(origins) and len(set(origins)) > 1:
+            how = f"{label} started from {origins[0]}, {baseline} from {origins[1]}"
+            notes.append(f"Not like for like: {how}.")
         data = [(data_of(a), data_of(b)) for a, b in pairs]
-        if any(a and b and a != b for a, b in data):
+        counts = [[r.get(f"{k}_images") for k in ("train", "test")] for pair in pairs for r in pair]
+        if any(a and b and a != b for a, b in data) or counts[::2] != counts[1::2]:
             notes.append(f"Not like for like: {label} and {baseline} saw different images.")
     return notes
+
+
+def origin_of(results: dict) -> str | None:
+    """What pretraining a run's weights come from; None where its results do not say."""
+    weights = results.get("weights") or {}
+    if weights.get("source") == "none":
+        return "random weights"
+    published = None if weights.get("sha256") else weights.get("source")
+    return weights.get("pretraining") or published
+
+
+def describe_versions(sweep: Sweep) -> list[str]:
+    """A note on each of this code and torch of which the table has runs of several versions."""
+    results = [run.results for run in sweep.finished()]
+    commits = {str(each["commit"])[:12] for each in results if each.get("commit")}
+    versions = {str((each.get("versions") or {}).get("torch") or "") for each in results} - {""}
+    return [
+        f"The runs are of {len(found)} versions of {what}: {some(sorted(found))}."
+        for what, found in (("this code", commits), ("torch", versions))
+        if len(found) > 1
+    ]
 
 
 def count(number: int, thing: str) -> str:

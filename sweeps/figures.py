@@ -24,6 +24,7 @@ COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 WIDTH = 7.2  # inches
+LONGEST_NAME = 36  # characters of a model's or a run's name
 SHARES = [0, 1, 5, 10, 20, 40, 60, 80, 100]  # ticks of the confusion's colour bar, percent
 # Fonts for Chinese and Japanese, used where they are installed.
 CJK_FONTS = [
@@ -53,6 +54,11 @@ STYLE = {
 def mark_of(author: str) -> bytes:
     """What the file of every picture contains that the tool `author` writes."""
     return f"TwistNet-2D, python -m {author}".encode()
+
+
+def shorten(name: str) -> str:
+    """A name that leaves room for the figure."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 @contextmanager
@@ -145,7 +151,7 @@ def draw_folds(axes, sweep: Sweep, means: Mapping[str, Mapping[int, float]]) -> 
         index = sweep.labels.index(label)
         style = {"color": colour(index), "marker": MARKERS[index % len(MARKERS)]}
         places = [sweep.folds.index(fold) for fold in values]
-        axes.scatter(values.values(), places, s=26, label=label, zorder=2, **style)
+        axes.scatter(values.values(), places, s=26, label=shorten(label), zorder=2, **style)
     axes.set_yticks(range(len(sweep.folds)), [f"fold {fold}" for fold in sweep.folds])
     axes.set_ylim(len(sweep.folds) - 0.5, -0.5)
     axes.set(xlabel="test accuracy (%)", title="Test accuracy, seeds averaged")
@@ -160,7 +166,7 @@ def draw_differences(axes, sweep: Sweep, gaps: Mapping[Row, Sequence[float]], ap
         axes.scatter(values, [place + apart] * len(values), s=22, alpha=0.6, lw=0, **style)
         draw_interval(axes, place - apart, row.versus, colour(index))
     axes.axvline(0, color="#000000", lw=1)
-    axes.set_yticks(range(len(gaps)), [row.label for row in gaps])
+    axes.set_yticks(range(len(gaps)), [shorten(row.label) for row in gaps])
     axes.set_ylim(len(gaps) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("percentage points")
@@ -204,7 +210,7 @@ def draw_classes(path: Path, sweep: Sweep, rows: Sequence[Row], baseline: str) -
             shades = np.where(values < 0, "#D55E00", "#0072B2")
             axes.barh(range(len(order)), values, color=shades, height=0.72)
             axes.axvline(0, color="#000000", lw=0.8)
-            axes.set_title(label, fontsize=9 if len(found) < 4 else 6.5)
+            axes.set_title(shorten(label), fontsize=9 if len(found) < 4 else 6.5)
             axes.grid(axis="y", visible=False)
         panels[0].set_yticks(range(len(order)), [classes[i] for i in order], fontsize=size)
         panels[0].set_ylim(-0.7, len(order) - 0.3)
@@ -273,7 +279,7 @@ def number(read: Callable, entry: dict) -> float:
     """A value of a log entry as a float; NaN where it is missing or not a number."""
     try:
         return float(read(entry))
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         return float("nan")
 
 
@@ -301,7 +307,7 @@ def draw_learning(path: Path, sweep: Sweep) -> bool:
         for label, found in logs.items():
             index = sweep.labels.index(label)
             line = {"color": colour(index), "ls": DASHES[index % len(DASHES)]}
-            name = f"{label} ({count(len(found), 'run')})"
+            name = f"{shorten(label)} ({count(len(found), 'run')})"
             if not sweep.finished(label):
                 name += ", unfinished"
             band(accuracy, found, lambda entry: entry["val_top1"], label=name, **line)
@@ -367,7 +373,7 @@ def draw_gates(path: Path, sweep: Sweep) -> bool:
                     ls=DASHES[block % len(DASHES)],
                     label=name,
                 )
-            axes.set(title=label, ylabel="sigmoid(gate)")
+            axes.set(title=shorten(label), ylabel="sigmoid(gate)")
             axes.label_outer()
         low, high = panels[0].get_ylim()
         if high - low < 0.02:  # do not zoom into noise
@@ -387,7 +393,13 @@ def draw_curves(path: Path, jobs: Mapping[str, Sequence[dict]]) -> None:
         for index, (name, log) in enumerate(jobs.items()):
             line = {"color": colour(index + 1), "ls": DASHES[index // len(COLOURS) % 4]}
             dashed = {**line, "ls": (0, (2, 1.2)), "lw": 1, "mfc": "white"}
-            band(loss, [log], lambda entry: entry["train_loss"], label=printable(name), **line)
+            band(
+                loss,
+                [log],
+                lambda entry: entry["train_loss"],
+                label=shorten(printable(name)),
+                **line,
+            )
             band(loss, [log], lambda entry: entry["val_loss"], **dashed)
             band(accuracy, [log], lambda entry: entry["val_top1"], **line)
             band(accuracy, [log], lambda entry: entry["val_top5"], **dashed)

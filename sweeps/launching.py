@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common.errors import EXIT_BUSY, EXIT_PREEMPTED, EXIT_USAGE
 from common.files import is_locked
+from training.results import describe_accuracies
 
 DONE, FAILED, STOPPED, BUSY, RETRY = "done", "failed", "stopped", "busy", "retry"
 OUTPUT = "output.log"
@@ -218,8 +219,8 @@ class ProgressLine:
         self.done += 1
         self.bar.update()
         self.say(
-            f"[{self.done}/{self.total}] {name}: val_acc {results['val_acc']:.1f}, test_acc "
-            f"{results['test_acc']:.1f}, {results['seconds']:.0f} s"
+            f"[{self.done}/{self.total}] {name}: {describe_accuracies(results)}, "
+            f"{results.get('seconds') or 0:.0f} s"
         )
 
     def say(self, text: str) -> None:

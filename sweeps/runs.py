@@ -5,8 +5,9 @@ results.json. Other files in RUN_DIR are ignored; results that cannot be read ar
 """
 
 import json
-import math
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,16 +16,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import lock_folder, printable, write_json
-from training.run_config import (
-    LOG,
-    NOT_COMPARED,
-    RESULTS,
-    comparable,
-    config_of,
-    find_differences,
-    parse_run_name,
-    run_name,
-)
+from training.results import parse_run_name, read_results
+from training.run_config import LOG, NOT_COMPARED, comparable, config_of, find_differences
 
 PLAN = "sweep.json"
 Key = tuple[int, int]  # (fold, seed)
@@ -142,32 +135,16 @@ def read_runs(run_dir: Path) -> tuple[list[Run], list[str]]:
         name = parse_run_name(folder.name)
         if name is None or not folder.is_dir():
             continue
-        results, problem = read_results(folder)
-        if problem:
-            notes.append(f"{folder.name}: {problem}; not counted")
+        results = None
+        try:
+            results = read_results(folder)
+        except UserError as error:
+            notes.append(f"Not counted: {error}.")
+            print(f"warning: not counted: {error}", file=sys.stderr)
+        if results and results.get("classes"):  # folder names may have bytes of any encoding
+            results["classes"] = [printable(name) for name in results["classes"]]
         runs.append(Run(folder, **name, results=results, label=name["model"]))
     return runs, notes
-
-
-def read_results(folder: Path) -> tuple[dict | None, str | None]:
-    """results.json of a run as (results, None); (None, problem) if it cannot be counted."""
-    try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        name = run_name(*(results[key] for key in ("dataset", "fold", "model", "seed")))
-        accuracy = float(results["test_acc"])
-    except FileNotFoundError:
-        return None, None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"its results.json cannot be read ({type(error).__name__}: {error})"
-    if name != folder.name:
-        return None, f"its results.json is that of {name}"
-    if not math.isfinite(accuracy):
-        return None, f"its test accuracy is {accuracy}"
-    if not all(isinstance(results.get(k) or {}, dict) for k in ("settings", "weights", "versions")):
-        return None, "the settings, weights or versions in its results.json are not objects"
-    if isinstance(results.get("classes"), list):  # folder names may have bytes of any encoding
-        results["classes"] = [printable(str(name)) for name in results["classes"]]
-    return results, None
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -224,21 +201,30 @@ def add_plan(
 def read_plans(run_dir: Path) -> list[dict]:
     """The grids that were planned in RUN_DIR: dataset, models, folds and seeds of each."""
     path = run_dir / PLAN
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            {
-                "dataset": str(plan["dataset"]),
-                "models": [str(name) for name in plan["models"]],
-                "folds": [int(fold) for fold in plan["folds"]],
-                "seeds": [int(seed) for seed in plan["seeds"]],
-            }
-            for plan in content.get("sweeps", [content])  # older files store a single grid
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error!r}): correct or delete it") from error
+        plans = content.get("sweeps", [content])  # older files store a single grid
+        problem = next(filter(None, map(find_plan_problem, plans)), None)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        problem = "it is not the JSON that run_all.py writes"
+    if problem:
+        raise UserError(f"{path} cannot be used: {problem}: correct or delete it")
+    return plans
+
+
+def find_plan_problem(plan: dict) -> str | None:
+    """What is wrong with a grid of sweep.json; None if it is one."""
+    kinds = {"dataset": str, "models": str, "folds": int, "seeds": int}
+    for name, kind in kinds.items():
+        values = [plan.get(name)] if name == "dataset" else plan.get(name)
+        if not (isinstance(values, list) and values and all(type(v) is kind for v in values)):
+            what = "text" if kind is str else "integers"
+            return f"its {name} must be {what if name == 'dataset' else f'a list of {what}'}"
+    return None
 
 
 def planned_runs(plan: dict) -> set[tuple]:

@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.optional import import_optional
 
 MIN_FOLDS = 3  # fewer give no interval and no p
-MAX_SIGN_FLIP = 20  # 2^20 sign patterns are enumerated exactly; with more folds there is no p
+MAX_SIGN_FLIP = 15  # 2^15 sign patterns are enumerated exactly; with more folds there is no p
 SAME = 1e-9  # percentage points below which two accuracies are the same count of images
 
 Key = tuple[int, int]  # (fold, seed)
@@ -46,6 +46,7 @@ class Comparison:
 
     folds: int
     difference: float
+    ratio: float | None  # test images / images trained on, in the folds compared
     low: float | None  # 95 % interval
     high: float | None
     p: float | None  # corrected t test, two-sided
@@ -136,6 +137,7 @@ def compare(
     return Comparison(
         folds=len(common),
         difference=float(differences.mean()),
+        ratio=ratio,
         low=low,
         high=high,
         p=p,
@@ -154,13 +156,13 @@ def corrected_t(
 
     Corrected resampled t test: the variance of the mean is (1/n + n_test/n_train) s² in place of
     s²/n, with n - 1 degrees of freedom (C. Nadeau and Y. Bengio, Inference for the Generalization
-    Error, Machine Learning 52, 2003). Differences without any spread have neither, unless all are 0
-    (p = 1).
+    Error, Machine Learning 52, 2003). Differences without any spread have neither; if all are 0,
+    p is 1.
     """
     d = np.asarray(differences, dtype=float)
     n, mean, variance = len(d), float(d.mean()), float(d.var(ddof=1))
     if math.sqrt(variance) < SAME:
-        return (0.0, 0.0, 1.0) if abs(mean) < SAME else (None, None, None)
+        return None, None, 1.0 if abs(mean) < SAME else None
     student_t = _scipy_stats().t(df=n - 1)
     error = math.sqrt((1 / n + ratio) * variance)
     half = float(student_t.ppf(0.975)) * error

@@ -91,7 +91,7 @@ def test_the_report_needs_no_other_file(tmp_path):
 
 
 def test_a_sweep_that_is_half_done_has_a_report(tmp_path):
-    write_run(tmp_path, "twistnet18", 1, 42, 3, val_acc=math.nan)
+    write_run(tmp_path, "twistnet18", 1, 42, 3)
     write_log(tmp_path / "dtd_fold2_twistnet18_seed42", 1, tail='{"epoch": 2, "lr"')
     write_run(tmp_path, "resnet18", 1, 42, 2)
     write_log(tmp_path / "dtd_fold1_seresnet18_seed42", 2, train_loss=math.nan)
@@ -183,7 +183,7 @@ def test_confused_pairs_by_hand():
 def test_confusion_and_images_add_up_over_runs(tmp_path):
     write_run(tmp_path, "resnet18", 1, 42, 3)
     write_run(tmp_path, "resnet18", 2, 42, 2)
-    write_run(tmp_path, "resnet18", 3, 42, 2, confusion=[[1]])  # not usable, and passed over
+    write_run(tmp_path, "resnet18", 3, 42, 2, confusion=None)  # as older results
     runs = read_sweep(tmp_path).finished()
     assert confusion(runs)[1].tolist() == [[5, 3, 0], [0, 5, 3], [3, 0, 5]]
     # image 3 is wrong in all three runs, image 2 where 2 of 4 are right

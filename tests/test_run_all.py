@@ -149,17 +149,39 @@ def test_dry_run_prints_commands_only_whatever_the_checks_print(data, tmp_path, 
 
 
 @contextmanager
-def recorded_precision(folder: Path, precision: str):
-    """Let the results of a run be of this precision, whatever this machine's is, for a while."""
+def changed_results(folder: Path, **values):
+    """Change values in the results of a run for a while."""
     path = folder / "results.json"
     original = path.read_text()
-    results = json.loads(original)
-    results["settings"]["precision"] = precision
-    path.write_text(json.dumps(results))
+    path.write_text(json.dumps({**json.loads(original), **values}))
     try:
         yield
     finally:
         path.write_text(original)
+
+
+def recorded_precision(folder: Path, precision: str):
+    """Let the results of a run be of this precision, whatever this machine's is, for a while."""
+    settings = json.loads((folder / "results.json").read_text())["settings"]
+    return changed_results(folder, settings={**settings, "precision": precision})
+
+
+def test_results_that_cannot_be_counted_are_named_and_the_rest_is_tabulated(swept, capsys):
+    with changed_results(swept / ONE, test_acc=None):
+        assert call(*flags("my runs", "--folds", "1-2")) == 1
+    out, err = capsys.readouterr()
+    assert f"not reused: {Path('my runs', ONE)}/results.json has null as its test_acc" in err
+    assert "2 runs: 1 finished, 0 to do" in out and " missing" in out
+
+
+def test_a_sweep_is_not_continued_in_another_precision(swept, capsys):
+    """Its table would keep the runs apart. Slurm's runs are not trained where they are planned."""
+    words = flags("my runs", "--seeds", "42,43", "--dry_run")
+    with recorded_precision(swept / ONE, "fp16"):
+        assert call(*words) == 2
+        assert "--run_dir my runs has runs in fp16, and this machine" in capsys.readouterr().err
+        assert call(*words, "--launcher", "slurm") == 0
+    assert call(*words) == 0
 
 
 def test_a_run_that_a_machine_of_another_precision_has_finished_is_done(swept):

@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
+from training.results import RESULTS, run_name
 from training.run_config import (
     CONFIG,
-    RESULTS,
     check_same_config,
     describe_differences,
     find_differences,
     load_config,
     load_finished,
-    parse_run_name,
-    run_name,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,18 +28,6 @@ def config(**changes) -> dict:
         "data": "abc", "weights": {"source": "w.pt", "sha256": "12"}, "data_dir": "data/dtd",
         **changes,
     }  # fmt: skip
-
-
-def test_a_run_name_is_read_back_as_its_parts():
-    name = run_name("kth_tips2b", 3, "twistnet18_no_ais", 42)
-    assert name == "kth_tips2b_fold3_twistnet18_no_ais_seed42"
-    assert parse_run_name(name) == {
-        "dataset": "kth_tips2b",
-        "fold": 3,
-        "model": "twistnet18_no_ais",
-        "seed": 42,
-    }
-    assert parse_run_name("overwritten") is None and parse_run_name(name + ".old") is None
 
 
 def test_differences_are_named_and_paths_do_not_count():
@@ -65,17 +51,20 @@ def test_a_run_of_other_settings_is_refused_with_the_remedies(tmp_path):
 
 def test_the_configuration_is_found_in_started_and_in_finished_runs(tmp_path):
     assert load_config(tmp_path) is None and load_finished(tmp_path, config()) is None
-    (tmp_path / CONFIG).write_text(json.dumps(config()))
-    assert load_config(tmp_path) == config()
-    assert load_finished(tmp_path, config()) is None
+    folder = tmp_path / run_name("dtd", 1, "resnet18", 42)
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(config()))
+    assert load_config(folder) == config()
+    assert load_finished(folder, config()) is None
     settings = {name: value for name, value in config().items() if name != "weights"}
     results = {"settings": settings, "weights": config()["weights"], "test_acc": 70.0}
-    (tmp_path / CONFIG).unlink()
-    (tmp_path / RESULTS).write_text(json.dumps(results))
-    assert load_config(tmp_path) == config()
-    assert load_finished(tmp_path, config())["test_acc"] == 70.0
+    results |= {name: settings[name] for name in ("dataset", "fold", "model", "seed")}
+    (folder / CONFIG).unlink()
+    (folder / RESULTS).write_text(json.dumps(results))
+    assert load_config(folder) == config()
+    assert load_finished(folder, config())["test_acc"] == 70.0
     with pytest.raises(UserError, match="seed 42 → 43"):
-        load_finished(tmp_path, config(seed=43))
+        load_finished(folder, config(seed=43))
 
 
 def test_it_does_not_import_torch():

@@ -316,20 +316,19 @@ def test_holm_counts_the_compared_models(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("{", "cannot be read"),
-        ("[]", "cannot be read"),
+        ("{", "is empty, cut off or not JSON"),
+        ("[]", "is not a JSON object"),
         ('{"model": "resnet18", "dataset": "dtd", "fold": 1, "seed": 42}', "test_acc"),
-        ('{"model": "a", "dataset": "dtd", "fold": 1, "seed": 42, "test_acc": 1}', "that of dtd"),
-        ('{"model":"resnet18","dataset":"dtd","fold":1,"seed":42,"test_acc":NaN}', "is nan"),
     ],
 )
-def test_results_that_cannot_be_counted_are_noted(tmp_path, content, told):
+def test_results_that_cannot_be_counted_are_noted(tmp_path, capsys, content, told):
     write_run(tmp_path, "resnet18", 2, 42, 60.0)
     folder = write_run(tmp_path, "resnet18", 1, 42, 60.0)
     (folder / "results.json").write_text(content)
     rows, notes = rows_of(tmp_path)
     assert rows["resnet18"].summary.missing == 1
     assert any(folder.name in note and told in note for note in notes)
+    assert "warning: not counted" in capsys.readouterr().err
 
 
 def test_clear_errors(tmp_path):
@@ -344,9 +343,127 @@ def test_clear_errors(tmp_path):
     with pytest.raises(UserError, match="dtd, folder: choose with --dataset"):
         read_sweep(tmp_path)
     assert len(read_sweep(tmp_path, dataset="folder").runs) == 1
-    (tmp_path / "sweep.json").write_text('{"models": 3}')
-    with pytest.raises(UserError, match="sweep.json cannot be read"):
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ("{", "it is not the JSON that run_all.py writes"),
+        ("[]", "it is not the JSON that run_all.py writes"),
+        ('{"sweeps": [3]}', "it is not the JSON that run_all.py writes"),
+        ({"models": 3}, "its models must be a list of text"),
+        ({"models": "resnet18"}, "its models must be a list of text"),
+        ({"models": []}, "its models must be a list of text"),
+        ({"models": [None]}, "its models must be a list of text"),
+        ({"folds": "123"}, "its folds must be a list of integers"),
+        ({"folds": [1.9]}, "its folds must be a list of integers"),
+        ({"seeds": [True]}, "its seeds must be a list of integers"),
+        ({"seeds": [1e999]}, "its seeds must be a list of integers"),
+        ({"dataset": None}, "its dataset must be text"),
+    ],
+)
+def test_a_plan_that_cannot_be_one_is_refused(tmp_path, plan, told):
+    write_pair(tmp_path)
+    text = plan if isinstance(plan, str) else json.dumps({"sweeps": [{**GRID, **plan}]})
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError, match=f"sweep.json cannot be used: {told}: correct or delete"):
         read_sweep(tmp_path)
+
+
+def test_a_plan_that_cannot_be_read_need_not_be_deleted(tmp_path):
+    write_pair(tmp_path)
+    (tmp_path / "sweep.json").mkdir()
+    with pytest.raises(UserError, match=r"sweep.json cannot be read \(Is a directory\)$"):
+        read_sweep(tmp_path)
+
+
+def test_without_a_complete_fold_or_seed_there_is_no_mean_and_a_way_out_is_named(tmp_path):
+    for fold, seed in ((1, 42), (2, 43)):  # two sweeps, of which no seed has both folds
+        add_plan(tmp_path, **{**GRID, "folds": [fold], "seeds": [seed]})
+        write_run(tmp_path, "resnet18", fold, seed, 60.0)
+        write_run(tmp_path, "twistnet18", fold, seed, 61.0)
+    rows, notes = rows_of(tmp_path)
+    assert [row.summary.mean for row in rows.values()] == [None, None]
+    assert not any(row.best for row in rows.values())
+    note = "twistnet18, resnet18: no mean, because no seed has all of its runs."
+    assert any(n.startswith(note) and "sweep.json" in n for n in notes)
+
+
+def test_equal_means_are_both_the_best(tmp_path):
+    for fold, accuracies in enumerate(((0.1, 0.3), (0.2, 0.2), (0.3, 0.1)), 1):
+        write_run(tmp_path, "resnet18", fold, 42, accuracies[0])
+        write_run(tmp_path, "twistnet18", fold, 42, accuracies[1] + 1e-16)
+    rows, _ = rows_of(tmp_path)
+    assert [row.best for row in rows.values()] == [True, True]
+
+
+def change_results(folder, **values):
+    results = json.loads((folder / "results.json").read_text())
+    changed = {k: v for k, v in {**results, **values}.items() if v is not None}
+    (folder / "results.json").write_text(json.dumps(changed))
+
+
+def test_the_correction_uses_the_images_of_the_folds_that_are_compared(tmp_path):
+    write_pair(tmp_path)
+    other = write_run(tmp_path, "resnet18", 4, 42, 60.0)  # a fold that is not compared
+    change_results(other, test_images=900)
+    rows, notes = rows_of(tmp_path)
+    assert rows["twistnet18"].versus.ratio == 1.0
+    assert any(note.endswith("images trained on = 1.00.") for note in notes)
+
+
+def test_without_the_counts_of_a_run_there_is_no_interval(tmp_path):
+    write_pair(tmp_path)
+    change_results(tmp_path / "dtd_fold1_twistnet18_seed42", train_images=None)
+    rows, notes = rows_of(tmp_path)
+    assert rows["twistnet18"].versus.low is None and rows["twistnet18"].versus.p is None
+    assert any("the results do not count their images" in note for note in notes)
+
+
+def test_other_numbers_of_test_images_are_noted(tmp_path):
+    write_pair(tmp_path)
+    change_results(tmp_path / "dtd_fold1_twistnet18_seed42", test_images=50)
+    assert (
+        "Not like for like: twistnet18 and resnet18 saw different images." in rows_of(tmp_path)[1]
+    )
+
+
+def test_runs_of_several_versions_are_noted(tmp_path):
+    write_pair(tmp_path)
+    change_results(tmp_path / "dtd_fold1_twistnet18_seed42", commit="b" * 40)
+    change_results(tmp_path / "dtd_fold2_twistnet18_seed42", commit="a" * 40)
+    for fold, version in ((1, "2.13.0"), (2, "2.14.1"), (3, "2.14.1")):
+        folder = tmp_path / f"dtd_fold{fold}_twistnet18_seed42"
+        change_results(folder, versions={"torch": version})
+    notes = rows_of(tmp_path)[1]
+    assert "The runs are of 2 versions of this code: aaaaaaaaaaaa, bbbbbbbbbbbb." in notes
+    assert "The runs are of 2 versions of torch: 2.13.0, 2.14.1." in notes
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ({"source": "none"}, "random weights"),
+        ({"source": "torchvision"}, "torchvision"),
+        (
+            {"sha256": "cd" * 32, "pretraining": "8 epochs of recipe fast"},
+            "8 epochs of recipe fast",
+        ),
+        ({"sha256": "cd" * 32, "pretraining": "600 epochs of recipe guide"}, None),
+        ({"sha256": "cd" * 32}, None),  # of a file that does not say
+    ],
+)
+def test_unequal_pretraining_is_noted(tmp_path, weights, told):
+    write_pair(tmp_path)
+    guide = {"source": "r.pt", "sha256": "ab" * 32, "pretraining": "600 epochs of recipe guide"}
+    for fold in (1, 2, 3):
+        change_results(tmp_path / f"dtd_fold{fold}_resnet18_seed42", weights=guide)
+        change_results(tmp_path / f"dtd_fold{fold}_twistnet18_seed42", weights={**weights})
+    notes = [note for note in rows_of(tmp_path)[1] if "started from" in note]
+    assert notes == [
+        f"Not like for like: twistnet18 started from {told}, resnet18 from 600 epochs of recipe "
+        "guide."
+    ] * bool(told)
 
 
 def test_special_characters_are_escaped_in_latex(tmp_path):

@@ -84,6 +84,7 @@ def has_weights(model, state, names):
 
 
 RECORD = {"model": "twistnet18", "classes": 10, "epochs": 3, "top1": 41.256, "top5": 88.1}
+RECORD["recipe"] = {"recipe": "guide"}
 
 
 def test_own_weights_are_found_and_reported_to_the_letter(states, capsys):
@@ -103,7 +104,12 @@ def test_own_weights_are_found_and_reported_to_the_letter(states, capsys):
     ]
     assert has_weights(model, state, body)
     digest = hashlib.sha256(FILE.read_bytes()).hexdigest()
-    assert origin == {"source": str(FILE), "sha256": digest, "tensors_loaded": len(body)}
+    assert origin == {
+        "source": str(FILE),
+        "sha256": digest,
+        "tensors_loaded": len(body),
+        "pretraining": "3 epochs of recipe guide",
+    }
     assert weights_identity("twistnet18") == {"source": str(FILE), "sha256": digest}
 
 

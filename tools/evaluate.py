@@ -26,6 +26,7 @@ from data.transforms import EvalTransform, make_eval_transform
 from models.weights import load_trained
 from training.distributed import DistributedContext
 from training.engine import PRECISIONS, EvalMetrics, choose_precision, evaluate
+from training.results import is_percentage
 
 
 class FlipAverage(nn.Module):
@@ -289,7 +290,7 @@ def find_recorded(args, about: dict) -> tuple[Path, dict[str, float], int | None
         results = (read_json(path) if same and args.weights.name == "best.pt" else None) or {}
         found = {"top-1": results.get(f"{args.split}_acc")}
         images = results.get(f"{args.split}_images")
-    found = {name: value for name, value in found.items() if isinstance(value, float | int)}
+    found = {name: value for name, value in found.items() if is_percentage(value)}
     return path, found, images
 
 

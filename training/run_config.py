@@ -1,43 +1,26 @@
-"""What one fine-tuning run is: the name of its folder, and the configuration that defines it.
+"""What one fine-tuning run is: the configuration that defines it.
 
 Two runs with the same configuration give the same results. Nothing here imports torch, so that a
 sweep can be tabulated on a machine without it.
 """
 
-import re
+import contextlib
 from collections.abc import Collection
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json
+from training.results import read_results
 
-CONFIG, RESULTS, LOG = "config.json", "results.json", "log.jsonl"
+CONFIG, LOG = "config.json", "log.jsonl"
 NOT_COMPARED = ("data_dir", "num_folds")  # settings that do not change what a run computes
-RUN_NAME = re.compile(r"(?P<dataset>.+)_fold(?P<fold>\d+)_(?P<model>.+)_seed(?P<seed>-?\d+)")
-
-
-def run_name(dataset: str, fold: int, model: str, seed: int) -> str:
-    """Name of the run's folder inside of RUN_DIR; timm/NAME is written timm-NAME in it."""
-    return f"{dataset}_fold{fold}_{model.replace('/', '-')}_seed{seed}"
-
-
-def parse_run_name(name: str) -> dict | None:
-    """The dataset, fold, model and seed in a folder's name; None for any other folder."""
-    match = RUN_NAME.fullmatch(name)
-    if match is None:
-        return None
-    model = re.sub("^timm-", "timm/", match["model"])
-    return {
-        "dataset": match["dataset"],
-        "fold": int(match["fold"]),
-        "model": model,
-        "seed": int(match["seed"]),
-    }
 
 
 def load_config(folder: Path) -> dict | None:
     """The configuration of the run in `folder`, finished or not; None where there is no run."""
-    results = read_json(folder / RESULTS)
+    results = None
+    with contextlib.suppress(UserError):  # load_finished reports it
+        results = read_results(folder)
     return config_of(results) if results else read_json(folder / CONFIG)
 
 
@@ -59,8 +42,9 @@ def config_of(results: dict) -> dict:
 
 def comparable(config: dict, ignore: Collection[str] = NOT_COMPARED) -> dict:
     """A configuration without what does not count, and with its weights by their contents."""
-    weights = config.get("weights") or {}
-    config = {**config, "weights": weights.get("sha256") or weights.get("source")}
+    weights = config.get("weights")
+    if isinstance(weights, dict):
+        config = {**config, "weights": weights.get("sha256") or weights.get("source")}
     return {name: value for name, value in config.items() if name not in ignore}
 
 
@@ -94,9 +78,11 @@ def check_same_config(folder: Path, old: dict, new: dict) -> None:
 def load_finished(folder: Path, config: dict) -> dict | None:
     """The results of the finished run of this configuration in `folder`, or None.
 
-    Raises UserError where the folder contains a run of another configuration, finished or not.
+    Raises UserError where the folder contains a run of another configuration, finished or not, or
+    results that cannot be used.
     """
-    old = load_config(folder)
+    results = read_results(folder)
+    old = config_of(results) if results else load_config(folder)
     if old:
         check_same_config(folder, old, config)
-    return read_json(folder / RESULTS)
+    return results

@@ -26,7 +26,8 @@ from common.files import (
     write_json,
 )
 from training.checkpoint import BEST, FRESH_LATEST, LATEST, PREVIOUS
-from training.run_config import CONFIG, LOG, RESULTS
+from training.results import RESULTS
+from training.run_config import CONFIG, LOG
 
 EVENTS, STATUS = "events.jsonl", "status.json"
 
