@@ -22,10 +22,12 @@ import torch
 
 from common.cli import Parser, add_amp_flags, add_saving_flags, at_least, run
 from common.errors import UserError
+from common.files import ROOT, temporary_beside
 from common.processes import read_integer
 from data.imagenet import load_imagenet
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.loading import EvalLoader, TrainLoader
+from data.packed import MANIFEST, read_manifest
 from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import digest_of
 from data.transforms import (
@@ -242,7 +244,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, set[s
     elif args.resume and "checkpoint_dir" not in given:
         args.checkpoint_dir = args.resume.parent
     if args.resume:
-        require_checkpoint(args.resume)
+        try:
+            require_checkpoint(args.resume)
+        except UserError as error:
+            if not has_checkpoint(args.checkpoint_dir):
+                raise
+            raise UserError(
+                f"{error}; to continue the run that is in {args.checkpoint_dir}: --resume "
+                f"{args.checkpoint_dir / LATEST}"
+            ) from error
     return args, given
 
 
@@ -262,12 +272,13 @@ def main(argv: list[str] | None = None) -> None:
     args.resume = find_branch(args.resume, args.checkpoint_dir)
     if context.is_main:
         prepare_checkpoint_dir(run_dir, args.resume, overwrite=args.overwrite)
-        make_weights_dir(args.weights_dir)
     context.barrier()
 
     # The state: of a new run, or of the one to resume.
-    state, tensors = open_state(args, given, train, classes, context)
+    state, tensors = open_state(args, given, train, val, classes, context)
     config = state.config
+    if context.is_main:
+        make_weights_dir(args.weights_dir)
     if state.epoch < args.epochs:
         check_precision(context.device, config["precision"])
     sampler = make_sampler(len(train), config, context)
@@ -303,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.compile:
             compile_network(model)
         if context.is_main:
+            warn_of_small_images(args.data_dir, config)
             print_run_summary(
                 config, sampler, len(val), state, model, train_loader.workers, **schedule
             )
@@ -339,14 +351,16 @@ def open_state(
     args: argparse.Namespace,
     given: set[str],
     train: ImageFiles,
+    val: ImageFiles,
     classes: list[str],
     context: DistributedContext,
 ) -> tuple[TrainState, dict[str, dict]]:
     """The state and the tensors (none for a new run); puts a resumed run's flags into args."""
     digest = digest_of(classes, {"train": train})
+    val_digest = digest_of(classes, {"val": val})
     resumed = load_run(args.resume, args.checkpoint_dir, context)
     if resumed is None:
-        config = make_config(args, context)
+        config = {**make_config(args, context), "val_data": val_digest}
         return TrainState(config, classes, len(train), data_digest=digest), {}
     state, tensors, path = resumed
     restore_flags(args, given, state, path)
@@ -354,6 +368,12 @@ def open_state(
     state.data_digest = digest
     if context.is_main:
         print(describe_resumed(state, path, args.epochs))
+        if state.config.get("val_data", val_digest) != val_digest:
+            print(
+                f"warning: --data_dir {args.data_dir} has other validation images than the run had "
+                "before: its accuracies, and which epoch is the best, cannot be compared"
+            )
+    state.config["val_data"] = val_digest
     return state, tensors
 
 
@@ -393,10 +413,16 @@ def restore_flags(args: argparse.Namespace, given: set[str], state: TrainState, 
             "--overwrite, or choose another --checkpoint_dir"
         )
     state.config = upgrade_pretrain_config(state.config)
+    if "epochs" in given and args.epochs != state.config["epochs"]:
+        earlier = state.config.get("earlier_epochs", [])
+        state.config["earlier_epochs"] = [*earlier, state.config["epochs"]]
     for name in RUN_FLAGS:
         if not (name == "epochs" and "epochs" in given):
             setattr(args, name, state.config[name])
     state.config["epochs"] = args.epochs
+    if "weights_dir" not in given:
+        args.weights_dir = Path(state.config.get("weights_dir", args.weights_dir))
+    state.config["weights_dir"] = str(args.weights_dir)
 
 
 def make_resume_command(args: argparse.Namespace, context: DistributedContext) -> str:
@@ -409,7 +435,8 @@ def make_resume_command(args: argparse.Namespace, context: DistributedContext) -
             "--rdzv_backend=c10d",
             "--rdzv_endpoint=HOST:PORT",
         ]
-    words += ["pretrain_imagenet.py", "--data_dir", str(args.data_dir)]
+    script = "pretrain_imagenet.py" if Path.cwd() == ROOT else str(ROOT / "pretrain_imagenet.py")
+    words += [script, "--data_dir", str(args.data_dir)]
     words += ["--resume", str(args.checkpoint_dir / LATEST)]
     parser = make_parser()
     for name in ("workers", "weights_dir", "save_minutes"):
@@ -434,6 +461,7 @@ def make_config(args: argparse.Namespace, context: DistributedContext) -> dict:
         "precision": choose_precision(context.device, args.amp),
         "micro_batches": micro_batches,
         "run": secrets.token_hex(8),
+        "weights_dir": str(args.weights_dir),
     }
 
 
@@ -448,10 +476,10 @@ def make_sampler(num_images: int, config: dict, context: DistributedContext) -> 
             f"divides {micro_batches}{smaller}"
         )
     if num_images < micro_batches:
-        larger = ", or a larger --batch_size" if config["global_batch"] else ""
+        advice = "use a larger --batch_size" if config["global_batch"] else "use fewer processes"
         raise UserError(
             f"--data_dir has {num_images} training images, fewer than the {micro_batches} "
-            f"micro-batches per step: use fewer processes{larger}"
+            f"micro-batches per step: {advice}, or add images"
         )
     sampler = StepSampler(
         num_images,
@@ -603,9 +631,16 @@ def print_run_summary(
     if "train_sizes" in config:
         sizes = ", ".join(str(size) for size in list_train_sizes(config))
         every = count_validation_interval(config, sampler.num_images, num_val_images)
+        every = min(every, config["epochs"])
         print(
             f"training at {sizes} px, validation at {config['img_size']} px"
             + (f", validation every {every} epochs" if every > 1 else "")
+        )
+    decay_per_step = base * scale_weight_decay(config, sampler.num_images)
+    if decay_per_step > 0.1:
+        print(
+            f"warning: a step decays the weights by {100 * decay_per_step:.0f} %: use a smaller "
+            "--weight_decay or --lr"
         )
     if sampler.micro_batch < config["batch_size"]:
         print(
@@ -619,10 +654,24 @@ def print_run_summary(
         )
 
 
+def warn_of_small_images(data_dir: Path, config: dict) -> None:
+    """Say so where the images of a pack are smaller than validation resizes them to."""
+    resize = make_eval_transform(config).resize
+    packed = read_manifest(data_dir).get("short_side") if (data_dir / MANIFEST).is_file() else None
+    if packed is not None and packed < resize:
+        print(
+            f"warning: {data_dir} was packed with --short_side {packed}, and validation needs "
+            f"{resize} px: its images are enlarged"
+        )
+
+
 def make_weights_dir(folder: Path) -> None:
     """Create the folder at the start: a wrong path should fail now, not after twelve days."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_beside(folder / "weights")
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--weights_dir {folder}: {error.strerror}") from error
 
@@ -643,6 +692,7 @@ def export(
         "img_size": args.img_size,
         "recipe": state.config,
         "seed": args.seed,
+        "checkpoint_dir": str(args.checkpoint_dir.resolve()),
     }
     write_weights(model, record, weights_stem(args.model), [args.checkpoint_dir, args.weights_dir])
 

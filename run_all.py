@@ -293,6 +293,10 @@ def load_results(plan: Plan, folder: Path) -> dict | None:
 def add_to_plan(plan: Plan, job: Job, args) -> None:
     """Put a run where it belongs: finished, of other settings, or to be run."""
     results = None
+    if job.folder.exists() and not job.folder.is_dir():
+        print(f"not reused: {job.folder} is not a folder", file=sys.stderr)
+        plan.mismatched.append(job.name)
+        return
     if not args.overwrite:
         try:
             results = load_results(plan, job.folder)

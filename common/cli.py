@@ -38,13 +38,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        for word in args:  # as a path it would be the working folder
+        end = list(args).index("--") if "--" in args else len(args)
+        words = [_with_underscores(word) for word in args[:end]]
+        for word in [*words, *args[end + 1 :]]:  # as a path it would be the working folder
             if not word or (word.startswith("--") and word.endswith("=")):
                 self.error(f"{word or 'an argument'} is empty: is a shell variable unset?")
-        args = [_with_underscores(word) for word in args]
-        flags = {word.partition("=")[0] for word in args}
+        flags = {word.partition("=")[0] for word in words}
         self.given = {a.dest for a in self._actions if flags.intersection(a.option_strings)}
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args([*words, *args[end:]], namespace)
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -59,7 +60,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 def _with_underscores(word: str) -> str:
     """--data-dir=a-b → --data_dir=a-b; words that are not flags stay as they are."""
-    if not word.startswith("--") or word == "--":
+    if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")
     return "--" + flag[2:].replace("-", "_") + equals + value

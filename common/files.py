@@ -77,7 +77,7 @@ def replace_by_link(source: Path, target: Path) -> None:
 
 def remove_temporary_files(folder: Path) -> None:
     """Delete what a killed writer left; only for the process that holds the folder's lock."""
-    for left in folder.glob(TEMPORARY.format(name="*", unique="*")):
+    for left in folder.glob(TEMPORARY.format(name="*", unique="[0-9a-f]" * 8)):
         left.unlink(missing_ok=True)
 
 

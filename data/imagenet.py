@@ -33,7 +33,7 @@ def load_imagenet(data_dir: str | Path) -> tuple[Source, Source, list[str]]:
     root = Path(data_dir)
     if os.path.isfile(root / MANIFEST):
         return _load_packed(root)
-    if is_interrupted(root):
+    if is_interrupted(root) and not os.path.isdir(root / "train"):
         raise UserError(f"{root} contains an interrupted pack: run tools.pack again")
     for split in ("train", "val"):
         try:

@@ -142,7 +142,8 @@ def find_empty_class(labels: np.ndarray, classes: list[str]) -> str | None:
 
 def is_interrupted(root: Path) -> bool:
     """Whether `root` contains what a killed process left of a pack."""
-    return os.path.isfile(root / OLD_JOURNAL) or any(root.glob(f"*{PARTIAL}"))  # neither raises
+    names = [f"{split}{end}{PARTIAL}" for split in ("train", "val") for end in (".data", ".npy")]
+    return any(os.path.isfile(root / name) for name in (OLD_JOURNAL, *names))
 
 
 # ---------------------------------------------------------------- writing

@@ -47,7 +47,7 @@ def load_splits(dataset: str, data_dir: str | Path, fold: int, *, num_folds: int
     options = {"num_folds": num_folds} if dataset == "folder" else {}
     try:
         if not data_dir.is_dir():
-            hint = ", or add --download" if dataset == "dtd" else ""
+            hint = ", or let train.py --download it" if dataset == "dtd" else ""
             raise UserError(
                 f"--data_dir {data_dir}: no such folder; give the folder of the dataset{hint}"
             )

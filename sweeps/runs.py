@@ -6,7 +6,6 @@ results.json. Other files in RUN_DIR are ignored; results that cannot be read ar
 
 import json
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,14 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import lock_folder, printable, write_json
 from training.results import parse_run_name, read_results
-from training.run_config import LOG, NOT_COMPARED, comparable, config_of, find_differences
+from training.run_config import (
+    LOG,
+    NOT_COMPARED,
+    brief,
+    comparable,
+    config_of,
+    find_differences,
+)
 
 PLAN = "sweep.json"
 Key = tuple[int, int]  # (fold, seed)
@@ -321,14 +327,6 @@ def describe_settings(results: dict, other: dict, ignore: Sequence[str] = ()) ->
     return ", ".join(
         f"{k} {brief(new)} instead of {brief(old)}" for k, (old, new) in changes.items()
     )
-
-
-def brief(value: object) -> str:
-    """A value in at most 24 characters; a sha256 by its first 12."""
-    text = f"{len(value)} names" if isinstance(value, list) else str(value)
-    if re.fullmatch("[0-9a-f]{64}", text):
-        return text[:12]
-    return text if len(text) <= 24 else text[:23] + "…"
 
 
 def some(names: Sequence[str], count: int = 3) -> str:

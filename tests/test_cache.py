@@ -12,9 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
+from common.errors import UserError
 from common.files import lock_folder
 from data import cache
-from data.cache import FOLDER, DecodedFiles, cache_folders, with_pixel_cache
+from data.cache import (
+    FOLDER,
+    DecodedFiles,
+    cache_folders,
+    check_uncached,
+    with_pixel_cache,
+)
 from data.images import TrainSet, spot_check
 from data.splits import SPLITS, fingerprint, make_stratified_splits
 from data.synthetic import write_dtd
@@ -270,3 +277,12 @@ def test_workers_need_not_be_forked(root, monkeypatch):
 
     monkeypatch.setattr(cache, "map_in_workers", map_pickled)
     assert same(images(cached(root)), images(load(root))) and sent
+
+
+def test_an_unreadable_test_image_is_found_before_training(root):
+    splits = load(root)
+    path = splits.test.path(0)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=f"{path.name} cannot be read .*Validation and test use"):
+        check_uncached(cached(root))
+    check_uncached(load(root))  # without a cache nothing is read in advance

@@ -22,6 +22,7 @@ from training.checkpoint import (
     copy_to_host,
     find_nonfinite,
     load_checkpoint,
+    read_epoch,
     require_checkpoint,
     serialise,
 )
@@ -161,8 +162,18 @@ def test_only_latest_has_a_predecessor(saved):
 def test_paths_without_a_checkpoint_are_named(tmp_path):
     with pytest.raises(UserError, match=r"--resume .*latest\.pt: no such file"):
         load_checkpoint(tmp_path / LATEST)
-    with pytest.raises(UserError, match="directory"):
+    with pytest.raises(UserError, match=r"is a folder: give .*latest\.pt$"):
         load_checkpoint(tmp_path)
+
+
+def test_what_is_copied_over_one_checkpoint_does_not_change_another(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    for step in (1, 2):
+        checkpointer.save(content(step), best=step == 1)
+        checkpointer.join()
+    with open(tmp_path / PREVIOUS, "r+b") as file:  # as cp does when a backup is restored
+        file.write(b"x" * 100)
+    assert read_epoch(tmp_path / BEST) is not None
 
 
 def test_where_only_best_is_left_the_error_says_that_it_can_be_resumed(saved):

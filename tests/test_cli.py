@@ -52,6 +52,12 @@ def test_the_command_line_of_the_process_is_the_default(parser, monkeypatch):
     assert parser.given == {"amp", "batch_size"}
 
 
+def test_words_after_two_dashes_are_not_flags(parser):
+    parser.add_argument("files", nargs="*")
+    args = parser.parse_args(["--batch-size", "3", "--", "--a-b.jpg", "--lr"])
+    assert args.files == ["--a-b.jpg", "--lr"] and parser.given == {"batch_size"}
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [([], None), (["--amp"], True), (["--no_amp"], False), (["--no-amp"], False)],

@@ -76,7 +76,7 @@ def test_weights_of_the_same_second_do_not_replace_each_other(tmp_path):
     for content in ("1", "2", "3"):
         path.write_text(content)
         os.utime(path, (1e9, 1e9))
-        archive_previous(path, "b")
+        archive_previous(path, {"recipe": {"run": "b"}})
     assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["1", "2", "3"]
 
 

@@ -65,10 +65,10 @@ def test_a_link_replaces_a_file_and_is_a_copy_where_there_are_no_links(monkeypat
 
 
 def test_temporary_files_of_a_killed_writer_are_removed_and_nothing_else():
-    kept = [".lock", "x.json", "x.tmp"]
+    kept = [".lock", "x.json", "x.tmp", ".draft.tmp1"]
     temporary = temporary_beside(Path("x.json"))
     assert temporary != temporary_beside(Path("x.json"))  # also of two processes of one number
-    for name in [*kept, ".x.json.tmp123", ".latest.pt.tmp9", temporary]:
+    for name in [*kept, ".latest.pt.tmp0123abcd", temporary]:
         Path(name).touch()
     remove_temporary_files(Path())
     assert sorted(os.listdir()) == sorted(kept)

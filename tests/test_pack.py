@@ -237,3 +237,34 @@ def test_two_processes_do_not_pack_into_one_folder(tree, locked_by_another):
         pytest.raises(Busy, match="packed is in use by another running process"),
     ):
         run(tree)
+
+
+def test_a_pack_with_a_damaged_manifest_is_replaced_and_one_of_another_format_is_not(tree, capsys):
+    manifest = run(tree) / "packed.json"
+    content = manifest.read_text()
+    manifest.write_text(content[:40])
+    run(tree)
+    assert "packing again" in capsys.readouterr().out and manifest.read_text() == content
+    manifest.write_text(json.dumps({**json.loads(content), "format": 99}))
+    with pytest.raises(UserError, match="has format 99, .* into another --out"):
+        run(tree)
+
+
+def test_other_programs_partial_files_are_not_a_pack(tree):
+    (tree / "ILSVRC2012_img_val.tar.part").touch()
+    load_imagenet(tree)
+    run(tree)
+    (tree / "train.data.part").touch()  # beside train/, it is not of a pack either
+    load_imagenet(tree)
+    foreign = tree.parent / "foreign"
+    foreign.mkdir()
+    (foreign / "movie.mkv.part").touch()
+    (foreign / "train.data").write_text("mine")
+    with pytest.raises(UserError, match="contains files that this tool did not write"):
+        tool.main(["--data_dir", str(tree), "--out", str(foreign), "--workers", "0"])
+    assert (foreign / "train.data").read_text() == "mine"
+
+
+def test_a_pack_inside_of_a_split_is_refused(tree):
+    with pytest.raises(UserError, match="--out must be another folder than --data_dir, its train/"):
+        tool.main(["--data_dir", str(tree), "--out", str(tree / "train" / "packed")])

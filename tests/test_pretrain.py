@@ -24,6 +24,7 @@ from data import loading
 from data.synthetic import write_imagenet_tree
 from models import build_model
 from models.weights import load_pretrained
+from tools import pack
 from training.checkpoint import load_checkpoint
 from training.distributed import DistributedContext
 from training.engine import EvalMetrics
@@ -468,6 +469,123 @@ def test_a_folder_with_a_run_but_without_latest_is_not_overwritten(tree):
         pretrain(tree, epochs=2, checkpoint_dir="other")
 
 
+@TINY
+def test_a_run_keeps_its_weights_folder(tree):
+    pretrain(tree, epochs=1, weights_dir="own")
+    resume(tree, "--epochs", "2")
+    assert json.loads(Path("own/resnet18_imagenet.json").read_text())["epochs"] == 2
+    assert not Path("weights").exists()
+    resume(tree, "--weights_dir", "other")
+    assert Path("other/resnet18_imagenet.pt").exists()
+
+
+@TINY
+def test_a_run_does_not_fall_back_behind_its_latest_checkpoint(tree, stop_after, monkeypatch):
+    best = ["--data_dir", str(tree), "--workers", "0", "--resume", "checkpoints/best.pt"]
+    stop_after(step=5)
+    with pytest.raises(Preempted):
+        pretrain(tree)
+    stop_after()
+    before = Path("checkpoints/latest.pt").read_bytes()
+    with pytest.raises(UserError, match="checkpoints/latest.pt is further, after 1 epoch"):
+        pretrain_imagenet.main(best)
+    assert Path("checkpoints/latest.pt").read_bytes() == before
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # began without latest.pt, and has one
+    pretrain_imagenet.main(best)
+    assert saved().epoch == 3
+
+
+@TINY
+def test_a_run_that_ends_before_its_schedule_says_so(tree, stop_after, capsys):
+    stop_after(validation=2)
+    with pytest.raises(Preempted):
+        pretrain(tree, epochs=8)
+    stop_after()
+    resume(tree, "--epochs", "2")
+    out = capsys.readouterr().out
+    assert "warning: the run was meant to have 8 epochs, and its learning rate is still" in out
+    about = json.loads(Path("weights/resnet18_imagenet.json").read_text())
+    assert about["recipe"]["earlier_epochs"] == [8]
+
+
+@TINY
+def test_changed_validation_images_are_noticed(tree, tmp_path, capsys):
+    shutil.copytree(tree, tmp_path / "tree")
+    pretrain(tmp_path / "tree", epochs=1)
+    for folder in (tmp_path / "tree" / "val").iterdir():
+        next(folder.iterdir()).unlink()
+    resume(tmp_path / "tree", "--epochs", "2")
+    assert "has other validation images than the run had before" in capsys.readouterr().out
+    resume(tmp_path / "tree")
+    assert "other validation images" not in capsys.readouterr().out
+
+
+@TINY
+def test_a_copied_checkpoint_does_not_overwrite_the_weights_of_its_run(tree, capsys):
+    pretrain(tree, epochs=1)
+    before = Path("weights/resnet18_imagenet.pt").read_bytes()
+    Path("copy").mkdir()
+    shutil.copy("checkpoints/latest.pt", "copy")
+    pretrain_imagenet.main(
+        ["--data_dir", str(tree), "--workers", "0", "--resume", "copy/latest.pt", "--epochs", "2"]
+    )
+    assert "belonged to another run" in capsys.readouterr().out
+    assert before in [path.read_bytes() for path in Path("weights").glob("*.*.pt")]
+
+
+@TINY
+def test_damaged_checkpoints_with_an_intact_best_name_it(tree):
+    pretrain(tree, epochs=2)
+    epoch = saved("checkpoints/best.pt").epoch
+    for name in ("latest.pt", "latest.prev.pt"):
+        Path("checkpoints", name).write_bytes(b"")
+    hint = f"--resume checkpoints/best.pt would continue after epoch {epoch}"
+    with pytest.raises(UserError, match=hint):
+        pretrain(tree, epochs=2)
+
+
+@TINY
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"recipe": "mine"}, "was made with --recipe mine, which this version does not have"),
+        ({"img_size": None}, "latest.pt is not a checkpoint of pretrain_imagenet.py"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_one_line(tree, change, told):
+    pretrain(tree, epochs=1)
+    path = Path("checkpoints/latest.pt")
+    content = torch.load(path, weights_only=True)
+    config = {**content["config"], **change}
+    content["config"] = {name: value for name, value in config.items() if value is not None}
+    torch.save(content, path)
+    with pytest.raises(UserError, match=told):
+        resume(tree)
+
+
+@TINY
+def test_warnings_at_the_start(tree, capsys):
+    pretrain(tree, epochs=1, weight_decay=100)
+    out = capsys.readouterr().out
+    assert "warning: a step decays the weights by 16 %: use a smaller --weight_decay" in out
+    pretrain(tree, recipe="fast", epochs=1, checkpoint_dir="fast", img_size=48, warmup_epochs=None)
+    assert "validation every" not in capsys.readouterr().out
+
+
+@TINY
+def test_a_pack_of_smaller_images_than_validation_needs_is_named(tree, tmp_path, capsys):
+    words = ["--data_dir", str(tree), "--workers", "0", "--out", str(tmp_path / "packed")]
+    pack.main([*words, "--short_side", "34"])
+    pretrain(tmp_path / "packed", epochs=1)
+    assert "was packed with --short_side 34, and validation needs 37 px" in capsys.readouterr().out
+
+
+def test_a_weights_folder_that_cannot_be_written_is_found_at_the_start(tree):
+    with pytest.raises(UserError, match="--weights_dir /proc: "):
+        pretrain(tree, weights_dir="/proc")
+    assert not Path("checkpoints/latest.pt").exists()
+
+
 # ------------------------------------------------------------------ branches
 
 
@@ -779,7 +897,8 @@ def test_a_signalled_process_saves_and_leaves_with_75(tree):
     told_by_file = status()
     assert told_by_file["state"] == "preempted" and told_by_file["message"] in line
     words = shlex.split(told_by_file["resume"])
-    assert words[:2] == ["python", "pretrain_imagenet.py"]
+    script = str(ROOT / "pretrain_imagenet.py")  # the run was started in another folder
+    assert words[:2] == ["python", script]
     epochs = str(len(rows()) + 1)
     pretrain_imagenet.main([*words[2:], "--epochs", epochs, "--workers", "0"])
     assert len(rows()) == int(epochs)

@@ -207,6 +207,13 @@ def test_a_finished_run_of_another_precision_is_no_answer_to_no_amp(swept, launc
         assert "(precision bf16 → fp32)" in capsys.readouterr().err
 
 
+def test_a_file_in_place_of_a_run_does_not_end_the_sweep(swept, capsys):
+    (swept / "dtd_fold1_resnet18_seed7").touch()
+    assert call(*flags("my runs", "--seeds", "7,42", "--dry_run")) == 0
+    assert "dtd_fold1_resnet18_seed7 is not a folder" in capsys.readouterr().err
+    (swept / "dtd_fold1_resnet18_seed7").unlink()
+
+
 def test_overwrite_runs_again_and_keeps_the_old_run(swept, capsys):
     old = (swept / ONE / "results.json").read_text()
     assert call(*flags("my runs", "--overwrite")) == 0

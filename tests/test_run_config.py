@@ -43,6 +43,13 @@ def test_differences_are_named_and_paths_do_not_count():
     assert describe_differences(without, old) == "lr None → 0.01"
 
 
+def test_other_images_and_weights_are_described_in_words():
+    new = config(data="def", weights={"source": "x.pt", "sha256": "cd" * 32})
+    old = config(weights={"source": "x.pt", "sha256": "ab" * 32})
+    text = describe_differences(old, new)
+    assert text == "other images, labels or classes; weights abababababab → cdcdcdcdcdcd"
+
+
 def test_a_run_of_other_settings_is_refused_with_the_remedies(tmp_path):
     check_same_config(tmp_path, config(), config())
     with pytest.raises(UserError, match=r"different settings \(lr 0.01 → 0.1\): .*--overwrite"):

@@ -290,3 +290,13 @@ def test_the_commit_is_the_checkouts_own(tmp_path, monkeypatch):
     assert len(commit) == 40 and set(commit) <= set("0123456789abcdef")
     module.write_text("changed")
     assert provenance()["commit"] == f"{commit}-dirty"
+
+
+def test_archive_leaves_files_of_others(tmp_path):
+    for name in ("latest.pt", "log.jsonl", "resnet18_imagenet.pt", "notes.txt", "train.py"):
+        (tmp_path / name).touch()
+    directory = RunDir(tmp_path)
+    for _ in range(2):  # in the same second
+        directory.archive(tmp_path / "overwritten")
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"notes.txt", "train.py"}
+    assert len(list(tmp_path.glob("overwritten-*"))) == 2

@@ -413,3 +413,12 @@ def test_torchrun_is_refused(dtd, monkeypatch, value, message):
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(UserError, match=message):
         fine_tune(dtd)
+
+
+@TINY
+def test_a_run_without_its_latest_checkpoint_does_not_start_from_zero(dtd):
+    fine_tune(dtd)
+    for name in ("latest.pt", "results.json"):
+        (RUN / name).unlink()
+    with pytest.raises(UserError, match="has best.pt without latest.pt: restore it, or start"):
+        fine_tune(dtd)

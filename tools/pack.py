@@ -96,8 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     train, val, classes = load_imagenet(args.data_dir)
     if not isinstance(train, ImageFiles):
         raise UserError(f"--data_dir {args.data_dir} is packed: give the tree it was made of")
-    if args.out.resolve() == args.data_dir.resolve():
-        raise UserError("--out must be another folder than --data_dir")
+    splits = [(args.data_dir / split).resolve() for split in ("train", "val")]
+    if args.out.resolve() == args.data_dir.resolve() or any(
+        args.out.resolve().is_relative_to(split) for split in splits
+    ):
+        raise UserError("--out must be another folder than --data_dir, its train/ and its val/")
     if not is_interrupted(args.out):
         check_output_folder(args.out, flag="--out", made_by_tool=[LOCK, MANIFEST])
 
@@ -141,7 +144,14 @@ def is_packed(out: Path, sources: dict[str, ImageFiles], settings: dict) -> bool
     """
     if not (out / MANIFEST).is_file():
         return False
-    manifest = read_manifest(out)
+    try:
+        manifest = read_manifest(out)
+    except UserError as error:
+        if error.__cause__ is None:  # it is one, of another format
+            raise UserError(f"{error}, into another --out") from error
+        print(f"packing again: {error}")
+        remove_pack(out, sources)
+        return False
     for key, what in (
         ("short_side", "with other settings"),
         ("quality", "with other settings"),

@@ -233,12 +233,10 @@ class Checkpointer:
         try:
             # Write under temporary names whatever may fail for lack of space.
             write_atomic(fresh, content)
-            if best:
-                replace_by_link(fresh, fresh_best)
-            elif self.pending_best is not None:
+            if self.pending_best is not None:  # no link: whoever copies over one would change both
                 write_atomic(fresh_best, self.pending_best)
             # The predecessor is kept only if it is intact.
-            if latest.exists() and (self.latest_is_verified or _epoch_of(latest) is not None):
+            if latest.exists() and (self.latest_is_verified or read_epoch(latest) is not None):
                 replace_by_link(latest, self.folder / PREVIOUS)
             # Then rename. If the process is killed in between, recover_best does the second half.
             os.replace(fresh, latest)
@@ -256,14 +254,14 @@ class Checkpointer:
 def recover_best(folder: Path, state: TrainState) -> bool:
     """Whether best.pt is of the state's best epoch, after completing a save that was killed."""
     best, fresh = folder / BEST, folder / FRESH_BEST
-    is_completed = fresh.exists() and _epoch_of(fresh) == state.best_epoch
+    is_completed = fresh.exists() and read_epoch(fresh) == state.best_epoch
     if is_completed:
         os.replace(fresh, best)
     fresh.unlink(missing_ok=True)
-    return is_completed or not state.best_epoch or _epoch_of(best) == state.best_epoch
+    return is_completed or not state.best_epoch or read_epoch(best) == state.best_epoch
 
 
-def _epoch_of(path: Path) -> int | None:
+def read_epoch(path: Path) -> int | None:
     """Finished epochs of the checkpoint at `path`; None where it is missing or not intact."""
     try:
         return _read(path)[0].epoch
@@ -280,7 +278,9 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def require_checkpoint(path: Path) -> None:
-    """Raise UserError unless `path`, or for latest.pt its predecessor, exists."""
+    """Raise UserError unless `path`, or for latest.pt its predecessor, is a file."""
+    if path.is_dir():
+        raise UserError(f"--resume {path} is a folder: give {path / LATEST}")
     if path.exists() or (path.name == LATEST and path.with_name(PREVIOUS).exists()):
         return
     best = path.with_name(BEST)

@@ -31,19 +31,24 @@ def write_weights(model: torch.nn.Module, record: dict, name: str, folders: list
     for folder in folders:
         path = folder / f"{name}.pt"
         folder.mkdir(parents=True, exist_ok=True)
-        archive_previous(path, record["recipe"]["run"])
+        archive_previous(path, record)
         write_atomic(path, weights)
         write_json(path.with_suffix(".json"), record)
         print(f"wrote {path}")
 
 
-def archive_previous(path: Path, run: str) -> None:
-    """Rename the weights file of another run, with its JSON, by the date when it was written."""
+def archive_previous(path: Path, new: dict) -> None:
+    """Rename the weights file of another run, with its JSON, by the date when it was written.
+
+    A run whose checkpoint was copied to another folder counts as another one.
+    """
     record = path.with_suffix(".json")
     if not path.exists():
         return
-    recipe = (read_json(record) or {}).get("recipe")
-    if isinstance(recipe, dict) and recipe.get("run") == run:
+    written_by = read_json(record) or {}
+    recipe, folder = written_by.get("recipe"), new.get("checkpoint_dir")
+    is_same_run = isinstance(recipe, dict) and recipe.get("run") == new["recipe"]["run"]
+    if is_same_run and written_by.get("checkpoint_dir", folder) == folder:
         return
     written = time.strftime("%Y-%m-%d_%H%M%S", time.localtime(path.stat().st_mtime))
     old = unused_path(path.with_name(f"{path.stem}.{written}{path.suffix}"))

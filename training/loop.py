@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tqdm import tqdm
 
 from common.errors import Diverged, Preempted, UserError
-from common.files import replace_by_link
+from common.files import write_atomic
 from training.checkpoint import (
     BEST,
     LATEST,
@@ -217,7 +217,7 @@ class TrainLoop:
         best, latest = self.run_dir.path / BEST, self.run_dir.path / LATEST
         if self.context.is_main and not best.exists():
             print(f"warning: {best} is missing: the last epoch takes its place")
-            replace_by_link(latest, best)
+            write_atomic(best, latest.read_bytes())
             state.best_epoch = state.epoch
 
     # ------------------------------------------------------------------ what is reported
@@ -253,11 +253,20 @@ class TrainLoop:
         """
         seconds = min(self.save_seconds, save_after)
         is_due = self.context.is_main and time.monotonic() - self.saved_at > seconds
-        stop, diverged, is_due, unreadable = self.context.sum(
-            [self.stop.requested, self.diverged, is_due, len(self.unreadable.files)]
+        files, lost = self.unreadable.files, self.unreadable.lost
+        stop, diverged, is_due, unreadable, any_lost = self.context.sum(
+            [self.stop.requested, self.diverged, is_due, len(files), lost is not None]
         )
         if diverged:
             self.raise_diverged(state, "the loss is not finite")
+        if any_lost:
+            self.save(state)
+            self.ensure_saved(state)
+            name = next(filter(None, self.context.gather(lost)))
+            raise UserError(
+                f"{name} cannot be decoded, nor can any other image of its class: restore the "
+                "files and run the same command again"
+            )
         if unreadable > max_unreadable(state.num_images):
             self.stop_if_too_many_unreadable(state)
         if stop:

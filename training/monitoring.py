@@ -3,7 +3,7 @@
 import statistics
 from math import isfinite
 
-from common.errors import REPLACED, UNREADABLE, UserError
+from common.errors import REPLACED, UNREADABLE
 from training.checkpoint import BEST, TrainState
 from training.run_dir import RunDir
 
@@ -75,19 +75,17 @@ class UnreadableImages:
         self.file_name, self.run_dir = file_name, run_dir
         self.files: set[str] = set()
         self.warned: set[str] = set()  # by this process, in any epoch
+        self.lost: str | None = None  # a file in whose place there is none
 
     def collect(self, batches: list, epoch: int) -> None:
-        """Note the files that the loader replaced; UserError where it found no replacement."""
+        """Note the files that the loader replaced, and one for which it found no replacement."""
         for batch in batches:
             if not batch.broken.any():
                 continue
             for index in batch.index[batch.broken == REPLACED].tolist():
                 self._report(self.file_name(index), epoch)
             for index in batch.index[batch.broken == UNREADABLE].tolist():
-                raise UserError(
-                    f"{self.file_name(index)} cannot be decoded, nor can any other image of its "
-                    "class: restore the files and run the same command again"
-                )
+                self.lost = self.file_name(index)
 
     def _report(self, name: str, epoch: int) -> None:
         if name in self.files:  # a recipe with repeats draws an image several times

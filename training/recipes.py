@@ -4,6 +4,8 @@ A flag of the same name overrides a value; the others can be changed only here. 
 for --img_size 224 and others in proportion.
 """
 
+from common.errors import UserError
+
 # Values that are flags of pretrain_imagenet.py.
 FLAGS = (
     "epochs",
@@ -129,6 +131,11 @@ _RENAMED = {
 def upgrade_pretrain_config(config: dict) -> dict:
     """Translate an older checkpoint's configuration to current names, without changing it."""
     name = config.get("recipe", "guide")
+    if name not in PRETRAIN:
+        raise UserError(
+            f"the run was made with --recipe {name}, which this version does not have: resume it "
+            "with the version that started it"
+        )
     added = {"clip_norm": 0, "weight_decay_images": None}  # later than the oldest checkpoints
     upgraded = {"recipe": name, **PRETRAIN[name], **added, **config}
     for name in ("loss", "schedule"):

@@ -16,14 +16,17 @@ import secrets
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import replace_by_link
+from common.files import write_atomic
+from common.processes import read_integer
 from training.checkpoint import (
     BEST,
     FRESH_BEST,
     LATEST,
+    PREVIOUS,
     TrainState,
     has_checkpoint,
     load_checkpoint,
+    read_epoch,
 )
 from training.distributed import DistributedContext
 from training.recipes import upgrade_pretrain_config
@@ -36,7 +39,13 @@ def is_branch(resume: Path | None, checkpoint_dir: Path) -> bool:
 
 
 def find_branch(resume: Path | None, checkpoint_dir: Path) -> Path | None:
-    """What --resume stands for: the branch in `checkpoint_dir` where it has begun already."""
+    """What --resume stands for: the branch in `checkpoint_dir` where it has begun already.
+
+    Raises UserError where the run would fall back behind its own latest.pt; when torchrun has
+    restarted the run, it continues from there.
+    """
+    if resume is not None and not is_branch(resume, checkpoint_dir):
+        return check_is_latest(resume)
     if not (is_branch(resume, checkpoint_dir) and has_checkpoint(checkpoint_dir)):
         return resume
     branch = checkpoint_dir / LATEST
@@ -47,6 +56,26 @@ def find_branch(resume: Path | None, checkpoint_dir: Path) -> Path | None:
     except (UserError, KeyError, TypeError):  # another run, which prepare_checkpoint_dir refuses
         begun = False
     return branch if begun else resume
+
+
+def check_is_latest(resume: Path) -> Path:
+    """The checkpoint to resume in its own folder; UserError where latest.pt is further."""
+    latest = resume.with_name(LATEST)
+    if resume.name in (LATEST, PREVIOUS) or not latest.exists():
+        return resume
+    try:
+        states = [load_checkpoint(path)[0] for path in (resume, latest)]
+        runs = [state.config["run"] for state in states]
+    except (UserError, KeyError, TypeError):  # damaged, which may be why `resume` was chosen
+        return resume
+    if runs[0] != runs[1] or states[0].step >= states[1].step:
+        return resume
+    if read_integer("TORCHELASTIC_RESTART_COUNT", 0):
+        return latest
+    raise UserError(
+        f"--resume {resume}: {latest} is further, after {states[1].epoch} epochs, and would be "
+        "overwritten: resume that one, or make a branch with another --checkpoint_dir"
+    )
 
 
 def prepare_checkpoint_dir(run_dir: RunDir, resume: Path | None, *, overwrite: bool) -> None:
@@ -91,10 +120,18 @@ def load_run(
         )
     if path is None:
         return None
-    state, tensors, warning = load_checkpoint(path)
+    try:
+        state, tensors, warning = load_checkpoint(path)
+    except UserError as error:
+        best = path.with_name(BEST)
+        epoch = None if path == best else read_epoch(best)
+        if epoch is None:
+            raise
+        raise UserError(f"{error}; --resume {best} would continue after epoch {epoch}") from error
     if warning and context.is_main:
         print(warning)
-    if not isinstance(state.config, dict) or "micro_batches" not in state.config:
+    names = ("model", "img_size", "seed", "precision", "micro_batches")
+    if not (isinstance(state.config, dict) and state.config.keys() >= set(names)):
         raise UserError(f"{path} is not a checkpoint of pretrain_imagenet.py")
     if len(set(context.gather(state.step))) > 1:
         # One rank fell back to the predecessor, or a dying run saved in between.
@@ -147,12 +184,19 @@ def copy_best(state: TrainState, source: Path, target: Path) -> None:
     best = source / BEST
     try:
         if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
-            replace_by_link(best, target / FRESH_BEST)
+            write_atomic(target / FRESH_BEST, best.read_bytes())
     except UserError as error:  # a damaged file: as if it were missing
         print(f"warning: {error}")
 
 
 def describe_resumed(state: TrainState, path: Path, epochs: int) -> str:
     if state.epoch == epochs:
-        return f"{path} has finished its {state.epoch} epochs: writing its outputs again"
+        text = f"{path} has finished its {state.epoch} epochs: writing its outputs again"
+        longer = max(state.config.get("earlier_epochs", [0]))
+        if longer > epochs:
+            text += (
+                f"\nwarning: the run was meant to have {longer} epochs, and its learning rate is "
+                f"still {state.history[-1]['lr']:.3g}: a run of {epochs} epochs would end near zero"
+            )
+        return text
     return f"resuming {path} in epoch {state.epoch + 1}, after step {state.step}"

@@ -5,6 +5,7 @@ sweep can be tabulated on a machine without it.
 """
 
 import contextlib
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -62,7 +63,17 @@ def find_differences(
 
 def describe_differences(old: dict, new: dict) -> str:
     """What two configurations differ in, as "epochs 100 → 10; lr 0.01 → 0.1"; "" if in nothing."""
-    return "; ".join(f"{k} {a} → {b}" for k, (a, b) in find_differences(old, new).items())
+    changes = find_differences(old, new)
+    images = ["other images, labels or classes"] if changes.pop("data", None) else []
+    return "; ".join([*images, *(f"{k} {brief(a)} → {brief(b)}" for k, (a, b) in changes.items())])
+
+
+def brief(value: object) -> str:
+    """A value in at most 24 characters; a sha256 by its first 12."""
+    text = f"{len(value)} names" if isinstance(value, list) else str(value)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text[:12]
+    return text if len(text) <= 24 else text[:23] + "…"
 
 
 def check_same_config(folder: Path, old: dict, new: dict) -> None:

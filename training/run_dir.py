@@ -22,6 +22,7 @@ from common.files import (
     lock_folder,
     read_json,
     remove_temporary_files,
+    unused_path,
     write_atomic,
     write_json,
 )
@@ -30,6 +31,11 @@ from training.results import RESULTS
 from training.run_config import CONFIG, LOG
 
 EVENTS, STATUS = "events.jsonl", "status.json"
+FILES_OF_A_RUN = (
+    *(CONFIG, RESULTS, LOG, EVENTS, STATUS, LATEST, BEST, PREVIOUS, "output.log"),
+    *("*_imagenet.pt", "*_imagenet.json", "*_imagenet.*.pt", "*_imagenet.*.json"),
+    "events.out.tfevents.*",
+)
 
 
 class RunDir:
@@ -61,11 +67,11 @@ class RunDir:
         )
 
     def archive(self, target: Path) -> None:
-        """Move this folder's files, all but hidden ones, into the new folder `target`-<time>."""
-        target = target.with_name(target.name + time.strftime("-%Y%m%d-%H%M%S"))
+        """Move the run's files into the new folder `target`-<time>; others stay."""
+        target = unused_path(target.with_name(target.name + time.strftime("-%Y%m%d-%H%M%S")))
         target.mkdir(parents=True)
-        for entry in self.path.iterdir():
-            if entry.is_file() and not entry.name.startswith("."):
+        for pattern in FILES_OF_A_RUN:
+            for entry in self.path.glob(pattern):
                 entry.rename(target / entry.name)
         print(f"--overwrite: the old run is now in {target}")
 
