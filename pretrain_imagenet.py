@@ -361,13 +361,22 @@ def open_state(
     resumed = load_run(args.resume, args.checkpoint_dir, context)
     if resumed is None:
         config = {**make_config(args, context), "val_data": val_digest}
+        record_weights_dir(args, given, config)
         return TrainState(config, classes, len(train), data_digest=digest), {}
     state, tensors, path = resumed
+    epochs = state.config.get("epochs", 0)
     restore_flags(args, given, state, path)
+    record_weights_dir(args, given, state.config)
     check_same_data(state, classes, len(train), digest, args.data_dir)
     state.data_digest = digest
     if context.is_main:
         print(describe_resumed(state, path, args.epochs))
+        if state.epoch == args.epochs < epochs:
+            print(
+                f"warning: the run was meant to have {epochs} epochs, and its learning rate is "
+                f"still {state.history[-1]['lr']:.3g}: that of a run of {args.epochs} epochs would "
+                "be near zero"
+            )
         if state.config.get("val_data", val_digest) != val_digest:
             print(
                 f"warning: --data_dir {args.data_dir} has other validation images than the run had "
@@ -420,9 +429,20 @@ def restore_flags(args: argparse.Namespace, given: set[str], state: TrainState, 
         if not (name == "epochs" and "epochs" in given):
             setattr(args, name, state.config[name])
     state.config["epochs"] = args.epochs
-    if "weights_dir" not in given:
-        args.weights_dir = Path(state.config.get("weights_dir", args.weights_dir))
-    state.config["weights_dir"] = str(args.weights_dir)
+
+
+def record_weights_dir(args: argparse.Namespace, given: set[str], config: dict) -> None:
+    """Keep a --weights_dir that was given for when the run is resumed without the flag.
+
+    It is recorded as a full path, or as "." where it is the folder of the checkpoints.
+    """
+    if "weights_dir" in given:
+        same = args.weights_dir.resolve() == args.checkpoint_dir.resolve()
+        config["weights_dir"] = "." if same else str(args.weights_dir.resolve())
+    elif is_branch(args.resume, args.checkpoint_dir):
+        config.pop("weights_dir", None)
+    elif "weights_dir" in config:
+        args.weights_dir = args.checkpoint_dir / config["weights_dir"]  # a full path stays itself
 
 
 def make_resume_command(args: argparse.Namespace, context: DistributedContext) -> str:
@@ -461,7 +481,6 @@ def make_config(args: argparse.Namespace, context: DistributedContext) -> dict:
         "precision": choose_precision(context.device, args.amp),
         "micro_batches": micro_batches,
         "run": secrets.token_hex(8),
-        "weights_dir": str(args.weights_dir),
     }
 
 

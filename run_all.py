@@ -215,7 +215,7 @@ class Plan:
     configs: dict[Path, dict] = field(default_factory=dict)  # of all runs, by folder
     jobs: list[Job] = field(default_factory=list)  # to run
     finished: list[dict] = field(default_factory=list)  # results of the finished ones
-    mismatched: list[str] = field(default_factory=list)  # folders with runs of other settings
+    not_reused: list[str] = field(default_factory=list)  # of other settings, or unusable
     workers: int = 0  # loader workers per run, as asked for
     amp: bool | None = None  # --amp or --no_amp, where given
 
@@ -254,21 +254,28 @@ def make_plan(args, forwarded: list[str]) -> Plan:
         folder = train.run_folder(run_args)
         plan.configs[folder] = train.make_config(run_args, splits[run_args.fold], device)
         add_to_plan(plan, Job(folder, [sys.executable, "-u", script, *words]), args)
-    if args.launcher == "local":  # a cluster's login node is not where the runs are trained
-        check_same_precision(plan, args.run_dir)
+    if args.launcher == "local" and not args.dry_run:  # else they may be trained elsewhere
+        check_same_precision(plan, args)
     return plan
 
 
-def check_same_precision(plan: Plan, run_dir: Path) -> None:
+def check_same_precision(plan: Plan, args) -> None:
     """Raise UserError where this machine would continue a sweep in another precision."""
     old = {(results.get("settings") or {}).get("precision") for results in plan.finished} - {None}
-    new = {plan.configs[job.folder]["precision"] for job in plan.jobs}
-    if old and new - old:
-        raise UserError(
-            f"--run_dir {run_dir} has runs in {', '.join(sorted(old))}, and this machine would "
-            f"train others in {', '.join(sorted(new - old))}, which a table keeps apart: give "
-            "--no_amp for fp32 or --amp, use a machine like the first, or choose another --run_dir"
-        )
+    new = set()
+    for job in plan.jobs:
+        is_started = not args.overwrite and (job.folder / CONFIG).exists()
+        (old if is_started else new).add(plan.configs[job.folder]["precision"])
+    if not old or new <= old:
+        return
+    flag = {("fp32",): "add --no_amp, ", ("bf16",): "add --amp, "}.get(tuple(old), "")
+    if new != {"fp32"} and old != {"fp32"}:
+        flag = ""  # no flag chooses between bf16 and fp16
+    raise UserError(
+        f"--run_dir {args.run_dir} has runs in {', '.join(sorted(old))}, and this machine would "
+        f"train others in {', '.join(sorted(new - old))}, which a table keeps apart: {flag}use a "
+        "machine like the first, or choose another --run_dir"
+    )
 
 
 def check_weights(models: list[str], num_classes: int, pretrained: str, img_size: int) -> None:
@@ -291,18 +298,18 @@ def load_results(plan: Plan, folder: Path) -> dict | None:
 
 
 def add_to_plan(plan: Plan, job: Job, args) -> None:
-    """Put a run where it belongs: finished, of other settings, or to be run."""
+    """Put a run where it belongs: finished, not to be reused, or to be run."""
     results = None
     if job.folder.exists() and not job.folder.is_dir():
         print(f"not reused: {job.folder} is not a folder", file=sys.stderr)
-        plan.mismatched.append(job.name)
+        plan.not_reused.append(job.name)
         return
     if not args.overwrite:
         try:
             results = load_results(plan, job.folder)
         except UserError as error:
             print(f"not reused: {error}", file=sys.stderr)
-            plan.mismatched.append(job.name)
+            plan.not_reused.append(job.name)
             return
     if results:
         plan.finished.append(results)
@@ -330,7 +337,7 @@ def run_here(args, plan: Plan, stop: StopRequest) -> tuple[list[str], list[str]]
     # What is left, and the line that shows it.
     failed, problems, left = [], {}, {job.name for job in plan.jobs}
     line = ProgressLine(
-        len(plan.finished) + len(plan.jobs), plan.finished, failed=len(plan.mismatched)
+        len(plan.finished) + len(plan.jobs), plan.finished, failed=len(plan.not_reused)
     )
 
     def results_of(job: Job) -> dict | None:
@@ -391,8 +398,8 @@ def submit_all(args, plan: Plan) -> None:
         f"{again} again. To write the table, now or when all are done:\n  "
         f"{change}python -m tools.report {shlex.quote(str(folder))} --dataset {plan.dataset}"
     )
-    if plan.mismatched:
-        print(f"not reused: {', '.join(plan.mismatched)}", file=sys.stderr)
+    if plan.not_reused:
+        print(f"not reused: {', '.join(plan.not_reused)}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -424,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     started = sum((job.folder / CONFIG).exists() for job in plan.jobs)
     print(
         f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.jobs)} to do "
-        f"({started} of them started), {len(plan.mismatched)} with other settings",
+        f"({started} of them started), {len(plan.not_reused)} not reused",
     )
 
     # run it and write the table, which is of everything in RUN_DIR
@@ -433,10 +440,10 @@ def main(argv: list[str] | None = None) -> None:
     stop = StopRequest()
     failed, left = run_here(args, plan, stop)
     notes = []
-    if plan.mismatched:
+    if plan.not_reused:
         notes.append(
-            "Not run, because the folder contains a run with other settings than those asked for: "
-            f"{', '.join(plan.mismatched)}."
+            "Not run, because the folder contains a run with other settings than those asked for, "
+            f"or results that cannot be used: {', '.join(plan.not_reused)}."
         )
     print(write_tables(args.run_dir, dataset=plan.dataset, notes=notes))
 
@@ -447,8 +454,8 @@ def main(argv: list[str] | None = None) -> None:
             f"stopped by {stop.reason or 'a signal to a run'} with {len(left)} runs to "
             f"do: {again} continues the sweep"
         )
-    if plan.mismatched + failed:
-        print(f"failed or not reused: {', '.join(plan.mismatched + failed)}", file=sys.stderr)
+    if plan.not_reused + failed:
+        print(f"failed or not reused: {', '.join(plan.not_reused + failed)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -123,9 +123,11 @@ def footnotes(sweep: Sweep, rows: Sequence[Row], baseline: str) -> list[str]:
             notes.append(f"{row.label}: {runs} not in the mean, which is over complete {unit}.")
     empty = [row.label for row in rows if row.summary.mean is None and sweep.finished(row.label)]
     if empty:
+        advice = "Run the others of these folds and seeds"
+        if any(sweep.expected(label) - sweep.accuracies(label).keys() for label in empty):
+            advice += f", or remove what will not be run from {sweep.run_dir / PLAN}"
         notes.append(
-            f"{', '.join(empty)}: no mean, because no {unit[:-1]} has all of its runs. Runs that "
-            f"will not be made can be removed from {sweep.run_dir / PLAN}."
+            f"{', '.join(empty)}: no mean, because no {unit[:-1]} has all of its runs. {advice}."
         )
     notes += describe_weights(sweep) + describe_differences(sweep, baseline)
     return notes + describe_versions(sweep) + sweep.notes
@@ -140,8 +142,9 @@ def describe_tests(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
         used = min(ratios.values())
         if len(set(ratios.values())) > 1:
             used = ", ".join(f"{ratio} ({label})" for label, ratio in ratios.items())
+        interval = "95 % CI and p" if any(row.versus.low is not None for row in compared) else "p"
         notes.append(
-            "95 % CI and p: corrected resampled t test (Nadeau and Bengio, 2003), with test images "
+            f"{interval}: corrected resampled t test (Nadeau and Bengio, 2003), with test images "
             f"/ images trained on = {used}."
         )
     tests = sum(row.versus.p is not None for row in compared)
@@ -193,8 +196,12 @@ def describe_differences(sweep: Sweep, baseline: str) -> list[str]:
             how = f"{label} started from {origins[0]}, {baseline} from {origins[1]}"
             notes.append(f"Not like for like: {how}.")
         data = [(data_of(a), data_of(b)) for a, b in pairs]
-        counts = [[r.get(f"{k}_images") for k in ("train", "test")] for pair in pairs for r in pair]
-        if any(a and b and a != b for a, b in data) or counts[::2] != counts[1::2]:
+        data += [
+            (a.get(f"{split}_images"), b.get(f"{split}_images"))
+            for a, b in pairs
+            for split in ("train", "test")
+        ]
+        if any(a and b and a != b for a, b in data):
             notes.append(f"Not like for like: {label} and {baseline} saw different images.")
     return notes
 
@@ -211,13 +218,17 @@ def origin_of(results: dict) -> str | None:
 def describe_versions(sweep: Sweep) -> list[str]:
     """A note on each of this code and torch of which the table has runs of several versions."""
     results = [run.results for run in sweep.finished()]
-    commits = {str(each["commit"])[:12] for each in results if each.get("commit")}
+    commits = {shorten_commit(str(each["commit"])) for each in results if each.get("commit")}
     versions = {str((each.get("versions") or {}).get("torch") or "") for each in results} - {""}
     return [
         f"The runs are of {len(found)} versions of {what}: {some(sorted(found))}."
         for what, found in (("this code", commits), ("torch", versions))
         if len(found) > 1
     ]
+
+
+def shorten_commit(commit: str) -> str:
+    return commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def count(number: int, thing: str) -> str:

@@ -57,8 +57,8 @@ def mark_of(author: str) -> bytes:
 
 
 def shorten(name: str) -> str:
-    """A name that leaves room for the figure."""
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    """A name that leaves room for the figure; its end tells seeds and groups apart."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 16]}…{name[-15:]}"
 
 
 @contextmanager

@@ -132,6 +132,8 @@ def compare(
             low, high, p = corrected_t(differences, ratio)
             if p is None:
                 untested = "no interval and no p, as all differences are equal"
+            elif low is None:
+                untested = "no interval, as all differences are 0"
 
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
     return Comparison(

@@ -3,7 +3,9 @@
 import errno
 import io
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +270,17 @@ def test_other_programs_partial_files_are_not_a_pack(tree):
 def test_a_pack_inside_of_a_split_is_refused(tree):
     with pytest.raises(UserError, match="--out must be another folder than --data_dir, its train/"):
         tool.main(["--data_dir", str(tree), "--out", str(tree / "train" / "packed")])
+
+
+def test_a_manifest_that_the_machine_cannot_read_does_not_remove_the_pack(tree):
+    manifest = run(tree) / "packed.json"
+    content = manifest.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *args, **kwargs: fail(errno.EIO))
+        with pytest.raises(UserError, match="packed.json cannot be read"):
+            run(tree)
+    assert manifest.read_bytes() == content
+
+
+def fail(number):
+    raise OSError(number, os.strerror(number))

@@ -30,6 +30,7 @@ from training.distributed import DistributedContext
 from training.engine import EvalMetrics
 from training.loop import TrainLoop
 from training.recipes import PRETRAIN
+from training.run_dir import RunDir
 
 TINY_SCRIPT = Path(__file__).with_name("tiny_network.py")
 TINY = pytest.mark.usefixtures("tiny_network")
@@ -470,29 +471,68 @@ def test_a_folder_with_a_run_but_without_latest_is_not_overwritten(tree):
 
 
 @TINY
-def test_a_run_keeps_its_weights_folder(tree):
+def test_a_run_keeps_its_weights_folder_and_a_branch_does_not_write_there(tree, monkeypatch):
     pretrain(tree, epochs=1, weights_dir="own")
     resume(tree, "--epochs", "2")
+    about = Path("own/resnet18_imagenet.json").read_text()
+    assert json.loads(about)["epochs"] == 2 and not Path("weights").exists()
+    monkeypatch.chdir("own")  # from anywhere
+    pretrain_imagenet.main(
+        ["--data_dir", str(tree), "--workers", "0", "--resume", "../checkpoints/latest.pt"]
+    )
+    monkeypatch.chdir("..")
+    assert sorted(os.listdir("own")) == ["resnet18_imagenet.json", "resnet18_imagenet.pt"]
+    branch(tree, "--epochs", "3")
     assert json.loads(Path("own/resnet18_imagenet.json").read_text())["epochs"] == 2
-    assert not Path("weights").exists()
-    resume(tree, "--weights_dir", "other")
-    assert Path("other/resnet18_imagenet.pt").exists()
+    assert Path("weights/resnet18_imagenet.pt").exists()
 
 
 @TINY
-def test_a_run_does_not_fall_back_behind_its_latest_checkpoint(tree, stop_after, monkeypatch):
-    best = ["--data_dir", str(tree), "--workers", "0", "--resume", "checkpoints/best.pt"]
+def test_weights_beside_the_checkpoints_stay_there_when_the_folder_moves(tree, capsys):
+    pretrain(tree, epochs=1, weights_dir="checkpoints")
+    Path("checkpoints").rename("moved")
+    words = ["--data_dir", str(tree), "--workers", "0", "--resume", "moved/latest.pt"]
+    pretrain_imagenet.main([*words, "--epochs", "2"])
+    assert not Path("checkpoints").exists() and not Path("weights").exists()
+    assert "belonged to another run" not in capsys.readouterr().out
+
+
+@TINY
+def test_a_run_does_not_fall_back_behind_its_latest_checkpoint(tree, stop_after):
+    words = ["--data_dir", str(tree), "--workers", "0", "--resume"]
     stop_after(step=5)
     with pytest.raises(Preempted):
         pretrain(tree)
     stop_after()
     before = Path("checkpoints/latest.pt").read_bytes()
-    with pytest.raises(UserError, match="checkpoints/latest.pt is further, after 1 epoch"):
-        pretrain_imagenet.main(best)
+    for name in ("best.pt", "latest.prev.pt"):
+        with pytest.raises(UserError, match="checkpoints/latest.pt is further, after 1 epoch"):
+            pretrain_imagenet.main([*words, f"checkpoints/{name}"])
+    pretrain(tree, epochs=1, checkpoint_dir="foreign")
+    shutil.copy("foreign/latest.pt", "checkpoints/foreign.pt")
+    with pytest.raises(UserError, match="foreign.pt is of another run than checkpoints/latest.pt"):
+        pretrain_imagenet.main([*words, "checkpoints/foreign.pt"])
     assert Path("checkpoints/latest.pt").read_bytes() == before
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # began without latest.pt, and has one
-    pretrain_imagenet.main(best)
-    assert saved().epoch == 3
+
+
+@TINY
+def test_a_run_that_was_resumed_from_best_is_continued_by_the_same_command(tree, stop_after):
+    pretrain(tree, epochs=1)
+    for name in ("latest.pt", "latest.prev.pt"):
+        Path("checkpoints", name).unlink(missing_ok=True)
+    words = ["--data_dir", str(tree), "--workers", "0", "--resume", "checkpoints/best.pt"]
+    words += ["--epochs", "3"]
+    stop_after(step=7)
+    with pytest.raises(Preempted):
+        pretrain_imagenet.main(words)
+    first = saved().step
+    stop_after(step=first)
+    with pytest.raises(Preempted):
+        pretrain_imagenet.main(words)
+    assert saved().step == first + 1
+    stop_after()
+    pretrain_imagenet.main(words)
+    assert saved().epoch == 3 and [row["epoch"] for row in rows()] == [1, 2, 3]
 
 
 @TINY
@@ -506,6 +546,15 @@ def test_a_run_that_ends_before_its_schedule_says_so(tree, stop_after, capsys):
     assert "warning: the run was meant to have 8 epochs, and its learning rate is still" in out
     about = json.loads(Path("weights/resnet18_imagenet.json").read_text())
     assert about["recipe"]["earlier_epochs"] == [8]
+    resume(tree)
+    assert "was meant to have" not in capsys.readouterr().out
+
+
+@TINY
+def test_overwrite_leaves_nothing_of_the_old_run(tree):
+    pretrain(tree, "--tensorboard", epochs=1, weights_dir="checkpoints")
+    RunDir(Path("checkpoints")).archive(Path("checkpoints/overwritten"))
+    assert [p.name for p in Path("checkpoints").iterdir() if p.is_file()] == [".lock"]
 
 
 @TINY

@@ -17,7 +17,7 @@ from PIL import Image
 
 from sweeps import figures
 from sweeps.comparison import confused_pairs, confusion, make_rows, mistaken_images
-from sweeps.figures import series
+from sweeps.figures import LONGEST_NAME, series, shorten
 from sweeps.report import collect_mistakes, make_thumbnail, summarise_in_words
 from sweeps.runs import read_log, read_sweep
 
@@ -178,6 +178,13 @@ def test_confused_pairs_by_hand():
     )  # 4 of the 20 tests of both classes; and 3 of 15, which is found later
     assert (second.a, second.b, second.share) == (0, 2, 0.2)  # 3 of 15
     assert len(confused_pairs(matrix)) == 2  # 1 and 2 are never confused
+
+
+def test_names_that_are_shortened_stay_different():
+    names = [f"dtd_fold1_twistnet18_no_spiral_seed{seed}" for seed in (42, 43, 44)]
+    assert len({shorten(name) for name in names}) == 3
+    assert max(len(shorten(name)) for name in names) <= LONGEST_NAME
+    assert shorten("resnet18") == "resnet18"
 
 
 def test_confusion_and_images_add_up_over_runs(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,9 +104,10 @@ def test_runs_with_other_settings_are_named_and_left_untouched(swept, capsys):
     )
     assert TWO in second
     assert last == f"failed or not reused: {ONE}, {TWO}"
-    assert "0 to do (0 of them started), 2 with other settings" in out
+    assert "0 to do (0 of them started), 2 not reused" in out
     assert "(2 folds × 1 seed)" in out  # the table is of all that is in RUN_DIR, and says so
-    told = "Not run, because the folder contains a run with other settings than those asked for"
+    told = "Not run, because the folder contains a run with other settings than those asked for, "
+    told += "or results that cannot be used"
     assert f"- {told}: {ONE}, {TWO}." in out
     assert files(swept) == before
 
@@ -171,17 +173,28 @@ def test_results_that_cannot_be_counted_are_named_and_the_rest_is_tabulated(swep
         assert call(*flags("my runs", "--folds", "1-2")) == 1
     out, err = capsys.readouterr()
     assert f"not reused: {Path('my runs', ONE)}/results.json has null as its test_acc" in err
-    assert "2 runs: 1 finished, 0 to do" in out and " missing" in out
+    assert "2 runs: 1 finished, 0 to do (0 of them started), 1 not reused" in out
+    assert " missing" in out and f"or results that cannot be used: {ONE}." in out
 
 
-def test_a_sweep_is_not_continued_in_another_precision(swept, capsys):
+def test_a_sweep_is_not_continued_in_another_precision(swept, capsys, monkeypatch):
     """Its table would keep the runs apart. Slurm's runs are not trained where they are planned."""
-    words = flags("my runs", "--seeds", "42,43", "--dry_run")
+    words = flags("my runs", "--seeds", "42,43")
     with recorded_precision(swept / ONE, "fp16"):
         assert call(*words) == 2
         assert "--run_dir my runs has runs in fp16, and this machine" in capsys.readouterr().err
-        assert call(*words, "--launcher", "slurm") == 0
-    assert call(*words) == 0
+        assert call(*words, "--dry_run") == call(*words, "--dry_run", "--launcher", "slurm") == 0
+    # a run of the other machine that is not finished
+    started = swept / "dtd_fold1_resnet18_seed44"
+    started.mkdir()
+    settings = json.loads((swept / ONE / "results.json").read_text())["settings"]
+    config = {**settings, "seed": 44, "precision": "fp32", "weights": {"source": "none"}}
+    (started / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(train, "choose_precision", lambda device, amp: "bf16")
+    args = run_all.parse_args(flags("my runs", "--seeds", "44,45"))
+    with pytest.raises(UserError, match="has runs in fp32, .* in bf16, .*: add --no_amp, use"):
+        run_all.make_plan(*args)
+    shutil.rmtree(started)
 
 
 def test_a_run_that_a_machine_of_another_precision_has_finished_is_done(swept):

@@ -142,7 +142,7 @@ def test_the_reason_for_a_missing_interval_is_the_one_that_holds():
     found = compare(three, equal, 1.0)
     assert (found.low, found.high, found.p) == (None, None, None)
     assert found.untested == "no interval and no p, as all differences are equal"
-    assert compare(three, three, 1.0).untested is None  # all 0: p is 1
+    assert compare(three, three, 1.0).untested == "no interval, as all differences are 0"  # p is 1
 
 
 def test_an_unknown_ratio_gives_no_interval_but_a_permutation():

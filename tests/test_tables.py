@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -386,7 +387,11 @@ def test_without_a_complete_fold_or_seed_there_is_no_mean_and_a_way_out_is_named
     assert [row.summary.mean for row in rows.values()] == [None, None]
     assert not any(row.best for row in rows.values())
     note = "twistnet18, resnet18: no mean, because no seed has all of its runs."
-    assert any(n.startswith(note) and "sweep.json" in n for n in notes)
+    way_out = f"Run the others of these folds and seeds, or remove what .* {tmp_path}/sweep.json"
+    assert any(n.startswith(note) and "Run the others of these folds" in n for n in notes)
+    assert not any("sweep.json" in n for n in notes)  # every run that it plans is finished
+    add_plan(tmp_path, **{**GRID, "folds": [1, 2], "seeds": [42, 43]})
+    assert any(re.search(way_out, n) for n in rows_of(tmp_path)[1])
 
 
 def test_equal_means_are_both_the_best(tmp_path):
@@ -428,6 +433,12 @@ def test_other_numbers_of_test_images_are_noted(tmp_path):
     )
 
 
+def test_results_that_do_not_count_their_images_are_not_taken_for_others(tmp_path):
+    write_pair(tmp_path)
+    change_results(tmp_path / "dtd_fold1_twistnet18_seed42", test_images=None, train_images=None)
+    assert not any("different images" in note for note in rows_of(tmp_path)[1])
+
+
 def test_runs_of_several_versions_are_noted(tmp_path):
     write_pair(tmp_path)
     change_results(tmp_path / "dtd_fold1_twistnet18_seed42", commit="b" * 40)
@@ -435,8 +446,10 @@ def test_runs_of_several_versions_are_noted(tmp_path):
     for fold, version in ((1, "2.13.0"), (2, "2.14.1"), (3, "2.14.1")):
         folder = tmp_path / f"dtd_fold{fold}_twistnet18_seed42"
         change_results(folder, versions={"torch": version})
+    change_results(tmp_path / "dtd_fold3_twistnet18_seed42", commit="a" * 40 + "-dirty")
     notes = rows_of(tmp_path)[1]
-    assert "The runs are of 2 versions of this code: aaaaaaaaaaaa, bbbbbbbbbbbb." in notes
+    told = "aaaaaaaaaaaa, aaaaaaaaaaaa-dirty, bbbbbbbbbbbb"
+    assert f"The runs are of 3 versions of this code: {told}." in notes
     assert "The runs are of 2 versions of torch: 2.13.0, 2.14.1." in notes
 
 

@@ -17,6 +17,7 @@ from training.checkpoint import FRESH_BEST, load_checkpoint
 from training.engine import EvalMetrics
 from training.loop import TrainLoop
 from training.recipes import FINETUNE
+from training.run_dir import RunDir
 
 TINY = pytest.mark.usefixtures("tiny_network")
 RUN = Path("runs/dtd_fold1_resnet18_seed42")
@@ -422,3 +423,11 @@ def test_a_run_without_its_latest_checkpoint_does_not_start_from_zero(dtd):
         (RUN / name).unlink()
     with pytest.raises(UserError, match="has best.pt without latest.pt: restore it, or start"):
         fine_tune(dtd)
+
+
+@TINY
+def test_overwrite_leaves_nothing_of_the_old_run(dtd):
+    fine_tune(dtd)
+    (RUN / "output.log").touch()  # of run_all.py
+    RunDir(RUN).archive(RUN / "overwritten")
+    assert [p.name for p in RUN.iterdir() if p.is_file()] == [".lock"]

@@ -147,6 +147,8 @@ def is_packed(out: Path, sources: dict[str, ImageFiles], settings: dict) -> bool
     try:
         manifest = read_manifest(out)
     except UserError as error:
+        if isinstance(error.__cause__, OSError):  # it may be intact
+            raise
         if error.__cause__ is None:  # it is one, of another format
             raise UserError(f"{error}, into another --out") from error
         print(f"packing again: {error}")

@@ -283,8 +283,8 @@ def require_checkpoint(path: Path) -> None:
         raise UserError(f"--resume {path} is a folder: give {path / LATEST}")
     if path.exists() or (path.name == LATEST and path.with_name(PREVIOUS).exists()):
         return
-    best = path.with_name(BEST)
-    hint = f"; --resume {best} is possible" if best.exists() else ""
+    others = [path.with_name(name) for name in (LATEST, BEST)]
+    hint = next((f"; --resume {other} is possible" for other in others if other.exists()), "")
     raise UserError(f"--resume {path}: no such file{hint}")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from common.errors import Diverged
 from common.files import read_json, sha256, unused_path, write_atomic, write_json
-from training.checkpoint import find_nonfinite, serialise
+from training.checkpoint import LATEST, find_nonfinite, serialise
 from training.run_dir import provenance
 
 
@@ -40,7 +40,8 @@ def write_weights(model: torch.nn.Module, record: dict, name: str, folders: list
 def archive_previous(path: Path, new: dict) -> None:
     """Rename the weights file of another run, with its JSON, by the date when it was written.
 
-    A run whose checkpoint was copied to another folder counts as another one.
+    A run whose checkpoint was copied to another folder counts as another one, unless the first
+    folder is gone: then it was moved.
     """
     record = path.with_suffix(".json")
     if not path.exists():
@@ -48,7 +49,8 @@ def archive_previous(path: Path, new: dict) -> None:
     written_by = read_json(record) or {}
     recipe, folder = written_by.get("recipe"), new.get("checkpoint_dir")
     is_same_run = isinstance(recipe, dict) and recipe.get("run") == new["recipe"]["run"]
-    if is_same_run and written_by.get("checkpoint_dir", folder) == folder:
+    first = written_by.get("checkpoint_dir", folder)
+    if is_same_run and (first == folder or not (Path(first) / LATEST).exists()):
         return
     written = time.strftime("%Y-%m-%d_%H%M%S", time.localtime(path.stat().st_mtime))
     old = unused_path(path.with_name(f"{path.stem}.{written}{path.suffix}"))

@@ -51,8 +51,8 @@ def read_results(folder: Path) -> dict | None:
         problem = "is empty, cut off or not JSON"
     if problem:
         raise UserError(
-            f"{path} {problem}: restore it, or delete it and run the same command again, which "
-            "tests the run again"
+            f"{path} {problem}: restore it, or delete it and run the same command again; with its "
+            "latest.pt and best.pt the run is only tested again"
         )
     return results
 

@@ -5,6 +5,7 @@
     none                 a checkpoint               continues it, if the flags agree with it
     auto                 no checkpoint, or one      the same as none, or as that FILE
     FILE in that folder                             continues it with its settings
+    FILE in that folder, behind latest.pt           is refused
     FILE elsewhere       no run                     starts a branch: a new run from FILE's state
     FILE elsewhere       this branch of FILE        continues the branch
     FILE elsewhere       another run                is refused
@@ -17,12 +18,10 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import write_atomic
-from common.processes import read_integer
 from training.checkpoint import (
     BEST,
     FRESH_BEST,
     LATEST,
-    PREVIOUS,
     TrainState,
     has_checkpoint,
     load_checkpoint,
@@ -41,8 +40,8 @@ def is_branch(resume: Path | None, checkpoint_dir: Path) -> bool:
 def find_branch(resume: Path | None, checkpoint_dir: Path) -> Path | None:
     """What --resume stands for: the branch in `checkpoint_dir` where it has begun already.
 
-    Raises UserError where the run would fall back behind its own latest.pt; when torchrun has
-    restarted the run, it continues from there.
+    Raises UserError where the run would fall back behind its own latest.pt, unless that was resumed
+    from the same file.
     """
     if resume is not None and not is_branch(resume, checkpoint_dir):
         return check_is_latest(resume)
@@ -61,17 +60,22 @@ def find_branch(resume: Path | None, checkpoint_dir: Path) -> Path | None:
 def check_is_latest(resume: Path) -> Path:
     """The checkpoint to resume in its own folder; UserError where latest.pt is further."""
     latest = resume.with_name(LATEST)
-    if resume.name in (LATEST, PREVIOUS) or not latest.exists():
+    if resume.name == LATEST or not latest.exists():
         return resume
     try:
         states = [load_checkpoint(path)[0] for path in (resume, latest)]
         runs = [state.config["run"] for state in states]
     except (UserError, KeyError, TypeError):  # damaged, which may be why `resume` was chosen
         return resume
-    if runs[0] != runs[1] or states[0].step >= states[1].step:
-        return resume
-    if read_integer("TORCHELASTIC_RESTART_COUNT", 0):
+    if runs[0] != runs[1]:
+        raise UserError(
+            f"--resume {resume} is of another run than {latest}, which would be overwritten: give "
+            "it a --checkpoint_dir of its own"
+        )
+    if states[1].config.get("resumed_from") == resume.name:  # the same command as before
         return latest
+    if states[0].step >= states[1].step:
+        return resume
     raise UserError(
         f"--resume {resume}: {latest} is further, after {states[1].epoch} epochs, and would be "
         "overwritten: resume that one, or make a branch with another --checkpoint_dir"
@@ -124,7 +128,7 @@ def load_run(
         state, tensors, warning = load_checkpoint(path)
     except UserError as error:
         best = path.with_name(BEST)
-        epoch = None if path == best else read_epoch(best)
+        epoch = read_epoch(best) if path.name == LATEST else None
         if epoch is None:
             raise
         raise UserError(f"{error}; --resume {best} would continue after epoch {epoch}") from error
@@ -140,6 +144,8 @@ def load_run(
         state.config["branch_of"] = state.config.get("run")
         state.config["branch_from"] = path.name
         state.config["run"] = secrets.token_hex(8)
+    elif path.name != LATEST:
+        state.config["resumed_from"] = path.name
     return state, tensors, path
 
 
@@ -185,18 +191,11 @@ def copy_best(state: TrainState, source: Path, target: Path) -> None:
     try:
         if best.exists() and load_checkpoint(best)[0].epoch == state.best_epoch:
             write_atomic(target / FRESH_BEST, best.read_bytes())
-    except UserError as error:  # a damaged file: as if it were missing
+    except (UserError, OSError) as error:  # damaged, or a full disk: as if it were missing
         print(f"warning: {error}")
 
 
 def describe_resumed(state: TrainState, path: Path, epochs: int) -> str:
     if state.epoch == epochs:
-        text = f"{path} has finished its {state.epoch} epochs: writing its outputs again"
-        longer = max(state.config.get("earlier_epochs", [0]))
-        if longer > epochs:
-            text += (
-                f"\nwarning: the run was meant to have {longer} epochs, and its learning rate is "
-                f"still {state.history[-1]['lr']:.3g}: a run of {epochs} epochs would end near zero"
-            )
-        return text
+        return f"{path} has finished its {state.epoch} epochs: writing its outputs again"
     return f"resuming {path} in epoch {state.epoch + 1}, after step {state.step}"
