@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     started = sum((job.folder / CONFIG).exists() for job in plan.jobs)
     print(
         f"{len(plan.configs)} runs: {len(plan.finished)} finished, {len(plan.jobs)} to do "
-        f"({started} of them started), {len(plan.not_reused)} not reused",
+        f"({started} of them started), {len(plan.not_reused)} not reused"
     )
 
     # run it and write the table, which is of everything in RUN_DIR

@@ -59,7 +59,7 @@ def load_resnet(
     scores = WEIGHTS.meta["_metrics"]["ImageNet-1K"]
     print(
         f"[{title} Pretrained] {len(WEIGHTS.meta['categories'])} classes, top-1 "
-        f"{scores['acc@1']:.2f} %, top-5 {scores['acc@5']:.2f} % (torchvision's figures)",
+        f"{scores['acc@1']:.2f} %, top-5 {scores['acc@5']:.2f} % (torchvision's figures)"
     )
     return loaded
 
@@ -77,6 +77,6 @@ def load_early_layers(
         f"[ResNet-18 Fallback] WARNING: no TwistNet weights ({', '.join(map(str, looked))}); only "
         f"stem, layer1 and layer2 come from {SOURCE}: {len(loaded)} tensors, {count:,} of "
         f"{total:,} parameters = {100 * count / total:.1f} %. This is not recommended: run "
-        "pretrain_imagenet.py first.",
+        "pretrain_imagenet.py first."
     )
     return loaded

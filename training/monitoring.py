@@ -31,7 +31,7 @@ def report_gradient_spike(norms: list[float], row: dict, steps: int, run_dir: Ru
     step = steps - len(norms) + norms.index(largest) + 1  # older checkpoints lack the first steps
     print(
         f"warning: epoch {row['epoch']} step {step}: gradient norm {largest:.4g}, "
-        f"{largest / median:.0f} times the epoch's median {median:.4g}",
+        f"{largest / median:.0f} times the epoch's median {median:.4g}"
     )
     run_dir.log_event(
         "gradient_spike", epoch=row["epoch"], step=step, grad_norm=largest, median=median
@@ -55,7 +55,7 @@ def report_rising_loss(state: TrainState, row: dict, run_dir: RunDir) -> None:
     print(
         f"warning: the training loss of epoch {row['epoch']}, {row['train_loss']:.3f}, is above "
         f"that of the first epoch, {losses[0]:.3f}, although it had been {min(losses):.3f}: the "
-        f"run may have broken{advice}; training continues",
+        f"run may have broken{advice}; training continues"
     )
     run_dir.log_event(
         "training_loss_rose",
@@ -94,9 +94,7 @@ class UnreadableImages:
         self.run_dir.log_event("unreadable_image", file=name, epoch=epoch)
         if name not in self.warned:
             self.warned.add(name)
-            print(
-                f"warning: {name} cannot be decoded: another image of its class takes its place",
-            )
+            print(f"warning: {name} cannot be decoded: another image of its class takes its place")
 
 
 def max_unreadable(num_images: int) -> float:

@@ -23,9 +23,7 @@ class TensorBoardLogger:
         try:
             self._write(history)
         except OSError as error:  # a full disk must not end a run for its curves
-            print(
-                f"warning: {self.folder}: the event file could not be written ({error.strerror})",
-            )
+            print(f"warning: {self.folder}: the event file could not be written ({error.strerror})")
 
     def _write(self, history: list[dict]) -> None:
         if self.writer is None:
