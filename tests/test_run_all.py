@@ -179,19 +179,19 @@ def test_results_that_cannot_be_counted_are_named_and_the_rest_is_tabulated(swep
 
 def test_a_sweep_is_not_continued_in_another_precision(swept, capsys, monkeypatch):
     """Its table would keep the runs apart. Slurm's runs are not trained where they are planned."""
-    words = flags("my runs", "--seeds", "42,43")
+    words = flags("my runs", "--seeds", "42,91")
     with recorded_precision(swept / ONE, "fp16"):
         assert call(*words) == 2
         assert "--run_dir my runs has runs in fp16, and this machine" in capsys.readouterr().err
         assert call(*words, "--dry_run") == call(*words, "--dry_run", "--launcher", "slurm") == 0
     # a run of the other machine that is not finished
-    started = swept / "dtd_fold1_resnet18_seed44"
+    started = swept / "dtd_fold1_resnet18_seed92"
     started.mkdir()
     settings = json.loads((swept / ONE / "results.json").read_text())["settings"]
-    config = {**settings, "seed": 44, "precision": "fp32", "weights": {"source": "none"}}
+    config = {**settings, "seed": 92, "precision": "fp32", "weights": {"source": "none"}}
     (started / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(train, "choose_precision", lambda device, amp: "bf16")
-    args = run_all.parse_args(flags("my runs", "--seeds", "44,45"))
+    args = run_all.parse_args(flags("my runs", "--seeds", "92,93"))
     with pytest.raises(UserError, match="has runs in fp32, .* in bf16, .*: add --no_amp, use"):
         run_all.make_plan(*args)
     shutil.rmtree(started)
