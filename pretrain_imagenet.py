@@ -22,7 +22,7 @@ import torch
 
 from common.cli import Parser, add_amp_flags, add_saving_flags, at_least, run
 from common.errors import UserError
-from common.files import ROOT, temporary_beside
+from common.files import ROOT, try_writing_beside
 from common.processes import read_integer
 from data.imagenet import load_imagenet
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
@@ -633,10 +633,10 @@ def print_run_summary(
     lr = f"lr {base:g}"
     if config["lr_images"]:
         lr += f" ({config['lr']:g} × {sampler.global_batch} / {config['lr_images']})"
-    decay = ""
+    weight_decay, decay = scale_weight_decay(config, sampler.num_images), ""
     if config["weight_decay_images"]:
         decay = (
-            f"weight decay {scale_weight_decay(config, sampler.num_images):.3g} "
+            f"weight decay {weight_decay:.3g} "
             f"({config['weight_decay']:g} × {config['weight_decay_images']:,} / "
             f"{sampler.num_images:,}), "
         )
@@ -655,11 +655,10 @@ def print_run_summary(
             f"training at {sizes} px, validation at {config['img_size']} px"
             + (f", validation every {every} epochs" if every > 1 else "")
         )
-    decay_per_step = base * scale_weight_decay(config, sampler.num_images)
-    if decay_per_step > 0.1:
+    if base * weight_decay > 0.1:
         print(
-            f"warning: a step decays the weights by {100 * decay_per_step:.0f} %: use a smaller "
-            "--weight_decay or --lr"
+            f"warning: a step decays the weights by {100 * base * weight_decay:.0f} %: use a "
+            "smaller --weight_decay or --lr"
         )
     if sampler.micro_batch < config["batch_size"]:
         print(
@@ -688,9 +687,7 @@ def make_weights_dir(folder: Path) -> None:
     """Create the folder at the start: a wrong path should fail now, not after twelve days."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_beside(folder / "weights")
-        probe.touch()
-        probe.unlink()
+        try_writing_beside(folder / "weights")
     except OSError as error:
         raise UserError(f"--weights_dir {folder}: {error.strerror}") from error
 

@@ -55,6 +55,13 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(TEMPORARY.format(name=path.name[:60], unique=secrets.token_hex(4)))
 
 
+def try_writing_beside(path: Path) -> None:
+    """Create a file beside `path` and remove it. Raises OSError where that is not possible."""
+    temporary = temporary_beside(path)
+    temporary.touch()
+    temporary.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -130,9 +137,7 @@ def check_outputs(
         try:
             with contextlib.suppress(FileNotFoundError):
                 path.lstat()  # the name may be too long
-            temporary = temporary_beside(path)
-            temporary.touch()
-            temporary.unlink()
+            try_writing_beside(path)
         except OSError as error:
             raise UserError(
                 f"{flag} {printable(path)}: cannot be written ({error.strerror})"

@@ -98,6 +98,23 @@ def trainers(monkeypatch):
 
 
 @pytest.fixture
+def refuse_precision(monkeypatch):
+    """Call it, and from then on both scripts refuse to train in the precision of any run."""
+    import pretrain_imagenet
+    import train
+    from common.errors import UserError
+
+    def refuse(*_):
+        raise UserError("the run is in bf16")
+
+    def start():
+        for script in (pretrain_imagenet, train):
+            monkeypatch.setattr(script, "check_precision", refuse)
+
+    return start
+
+
+@pytest.fixture
 def failing(monkeypatch):
     """failing(errno.EIO, 2, "1.jpg"): the next two attempts to read such a file fail."""
     from data import decoding

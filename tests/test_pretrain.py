@@ -437,13 +437,9 @@ def test_overwrite_is_refused_where_several_machines_may_restart(tree, monkeypat
 
 
 @TINY
-def test_only_what_is_left_to_train_needs_the_precision_of_the_run(tree, monkeypatch, capsys):
+def test_only_what_is_left_to_train_needs_the_precision_of_the_run(tree, refuse_precision, capsys):
     pretrain(tree, epochs=1)
-
-    def refuse(*_):
-        raise UserError("the run is in bf16")
-
-    monkeypatch.setattr(pretrain_imagenet, "check_precision", refuse)
+    refuse_precision()
     pretrain(tree, epochs=1)
     assert "has finished its 1 epochs" in capsys.readouterr().out
     with pytest.raises(UserError, match="the run is in bf16"):

@@ -287,13 +287,9 @@ def test_an_interrupted_run_keeps_the_factor_of_its_classifier(dtd, stop_after):
 
 
 @TINY
-def test_a_finished_run_does_not_need_its_precision(dtd, monkeypatch, capsys):
+def test_a_finished_run_does_not_need_its_precision(dtd, refuse_precision, capsys):
     fine_tune(dtd, epochs=1)
-
-    def refuse(*_):
-        raise UserError("the run is in bf16")
-
-    monkeypatch.setattr(train, "check_precision", refuse)
+    refuse_precision()
     fine_tune(dtd, epochs=1)
     assert "is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match="the run is in bf16"):
@@ -431,3 +427,14 @@ def test_overwrite_leaves_nothing_of_the_old_run(dtd):
     (RUN / "output.log").touch()  # of run_all.py
     RunDir(RUN).archive(RUN / "overwritten")
     assert [p.name for p in RUN.iterdir() if p.is_file()] == [".lock"]
+
+
+@TINY
+def test_a_damaged_test_image_is_found_before_training(dtd, tmp_path):
+    shutil.copytree(dtd, tmp_path / "damaged")
+    name = (dtd / "labels" / "test1.txt").read_text().split()[0]
+    path = tmp_path / "damaged" / "images" / name
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match="Validation and test use every image"):
+        fine_tune(tmp_path / "damaged")
+    assert not (RUN / "latest.pt").exists()

@@ -84,7 +84,7 @@ def find_problem(results: object, folder_name: str) -> str | None:
 
 
 def describe_accuracies(results: dict) -> str:
-    """ "val_acc 70.1, test_acc 69.0"; results that were edited may lack the first."""
+    """Such as "val_acc 70.1, test_acc 69.0"; results that were edited may lack the first."""
     names = [name for name in ("val_acc", "test_acc") if results.get(name) is not None]
     return ", ".join(f"{name} {results[name]:.1f}" for name in names)
 

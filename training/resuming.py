@@ -43,9 +43,11 @@ def find_branch(resume: Path | None, checkpoint_dir: Path) -> Path | None:
     Raises UserError where the run would fall back behind its own latest.pt, unless that was resumed
     from the same file.
     """
-    if resume is not None and not is_branch(resume, checkpoint_dir):
+    if resume is None:
+        return None
+    if not is_branch(resume, checkpoint_dir):
         return check_is_latest(resume)
-    if not (is_branch(resume, checkpoint_dir) and has_checkpoint(checkpoint_dir)):
+    if not has_checkpoint(checkpoint_dir):
         return resume
     branch = checkpoint_dir / LATEST
     try:

@@ -93,7 +93,7 @@ def load_finished(folder: Path, config: dict) -> dict | None:
     results that cannot be used.
     """
     results = read_results(folder)
-    old = config_of(results) if results else load_config(folder)
+    old = config_of(results) if results else read_json(folder / CONFIG)
     if old:
         check_same_config(folder, old, config)
     return results
