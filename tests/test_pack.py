@@ -274,12 +274,13 @@ def test_a_pack_inside_of_a_split_is_refused(tree):
 
 def test_a_manifest_that_the_machine_cannot_read_does_not_remove_the_pack(tree):
     manifest = run(tree) / "packed.json"
-    content = manifest.read_bytes()
+    content, data = manifest.read_bytes(), manifest.with_name("train.data").stat().st_ino
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_text", lambda *args, **kwargs: fail(errno.EIO))
         with pytest.raises(UserError, match="packed.json cannot be read"):
             run(tree)
     assert manifest.read_bytes() == content
+    assert manifest.with_name("train.data").stat().st_ino == data  # not one that was packed again
 
 
 def fail(number):
