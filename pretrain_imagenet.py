@@ -30,23 +30,12 @@ from data.loading import EvalLoader, TrainLoader
 from data.packed import MANIFEST, read_manifest
 from data.sampling import StepSampler, check_batch_norm, seed_network
 from data.splits import digest_of
-from data.transforms import (
-    Augment,
-    list_train_sizes,
-    make_augmentation,
-    make_eval_transform,
-)
+from data.transforms import Augment, list_train_sizes, make_augmentation, make_eval_transform
 from models import add_model_flag, build_model, has_fixed_size
 from models.timm_models import check_takes_images, is_timm
 from models.twistnet import read_gates
 from models.weights import weights_stem
-from training.checkpoint import (
-    LATEST,
-    TrainState,
-    has_checkpoint,
-    load_tensors,
-    require_checkpoint,
-)
+from training.checkpoint import LATEST, TrainState, has_checkpoint, load_tensors, require_checkpoint
 from training.distributed import DistributedContext, init_distributed, shut_down_distributed
 from training.engine import LOSSES, Evaluator, Trainer, check_precision, choose_precision
 from training.export import write_weights

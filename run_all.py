@@ -38,19 +38,18 @@ from sweeps.launching import (
     make_slots,
 )
 from sweeps.runs import add_plan
-from sweeps.slurm import MAX_PARALLEL, submit
+from sweeps.slurm import submit
 from sweeps.tables import write_tables
 from training.preemption import StopRequest
 from training.run_config import CONFIG, adopt_precision, load_finished
 from training.run_dir import RunDir
 
 # Flags of train.py that run_all.py has in another form.
-SINGLE = {
-    "--fold": "--folds",
-    "--seed": "--seeds",
-    "--model": "--models",
+SINGLE = {"--fold": "--folds", "--seed": "--seeds", "--model": "--models"}
+LAUNCHER_FLAGS = {
+    "local": {"jobs", "gpus"},
+    "slurm": {"partition", "time", "gpus_per_task", "max_parallel"},
 }
-SLURM_MINUTES, SLURM_GPUS = 240, 1  # defaults of --time and --gpus_per_task
 
 
 def make_parser() -> Parser:
@@ -104,8 +103,9 @@ def make_parser() -> Parser:
     local.add_argument(
         "--jobs",
         type=at_least(1),
+        default=1,
         metavar="N",
-        help="number of runs at the same time, which share the CPU cores (default: 1)",
+        help="number of runs at the same time, which share the CPU cores",
     )
     local.add_argument(
         "--gpus",
@@ -122,20 +122,19 @@ def make_parser() -> Parser:
     slurm.add_argument(
         "--time",
         type=at_least(10),
+        default=240,
         metavar="MINUTES",
-        help=f"time limit, after which a run is queued again (default: {SLURM_MINUTES})",
+        help="time limit, after which a run is queued again",
     )
     slurm.add_argument(
-        "--gpus_per_task",
-        type=at_least(0),
-        metavar="N",
-        help=f"GPUs per run (default: {SLURM_GPUS})",
+        "--gpus_per_task", type=at_least(0), default=1, metavar="N", help="GPUs per run"
     )
     slurm.add_argument(
         "--max_parallel",
         type=at_least(1),
+        default=256,
         metavar="N",
-        help=f"largest number of runs at the same time (default: {MAX_PARALLEL})",
+        help="largest number of runs at the same time",
     )
     return parser
 
@@ -180,7 +179,8 @@ def distinct_numbers(text: str) -> list[int]:
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """This script's flags, and the words that are passed on to train.py."""
-    args, forwarded = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    args, forwarded = parser.parse_known_args(argv)
     for word in forwarded:
         flag = word.partition("=")[0]
         if flag in SINGLE:
@@ -188,18 +188,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
     train.make_parser().parse_args(forwarded)
 
     # flags of the launcher that is not used
-    local = {"--jobs": args.jobs, "--gpus": args.gpus}
-    slurm = {
-        "--partition": args.partition,
-        "--time": args.time,
-        "--gpus_per_task": args.gpus_per_task,
-        "--max_parallel": args.max_parallel,
-    }
-    unused, launcher = (slurm, "slurm") if args.launcher == "local" else (local, "local")
-    for flag, value in unused.items():
-        if value is not None:
-            raise UserError(f"{flag} goes with --launcher {launcher}")
-    if args.gpus and args.jobs:
+    for launcher, names in LAUNCHER_FLAGS.items():
+        if launcher != args.launcher and parser.given & names:
+            raise UserError(f"--{min(parser.given & names)} goes with --launcher {launcher}")
+    if parser.given >= {"gpus", "jobs"}:
         raise UserError("give either --gpus or --jobs: --gpus 0,0 lets two runs share GPU 0")
     return args, forwarded
 
@@ -383,9 +375,9 @@ def submit_all(args, plan: Plan) -> None:
     array = submit(
         plan.jobs,
         logs,
-        minutes=SLURM_MINUTES if args.time is None else args.time,
+        minutes=args.time,
         partition=args.partition,
-        gpus=SLURM_GPUS if args.gpus_per_task is None else args.gpus_per_task,
+        gpus=args.gpus_per_task,
         cpus=plan.workers + 1,
         max_parallel=args.max_parallel,
     )

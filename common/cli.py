@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from common.errors import (
     EXIT_BUSY,
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         end = list(args).index("--") if "--" in args else len(args)
         words = [_with_underscores(word) for word in args[:end]]
-        for word in [*words, *args[end + 1 :]]:  # as a path it would be the working folder
+        for word in [*words, *args[end + 1 :]]:  # an empty path would mean the working folder
             if not word or (word.startswith("--") and word.endswith("=")):
                 self.error(f"{word or 'an argument'} is empty: is a shell variable unset?")
         flags = {word.partition("=")[0] for word in words}
@@ -119,6 +120,26 @@ def add_saving_flags(group) -> None:
         action="store_true",
         help="also write the log as TensorBoard event files into the run's folder "
         "(pip install tensorboard)",
+    )
+
+
+def add_weights_flag(group) -> None:
+    group.add_argument(
+        "--weights",
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="best.pt of a run, or a weights file, with its JSON beside it if it has one",
+    )
+
+
+def add_crop_flag(group) -> None:
+    group.add_argument(
+        "--img_size",
+        type=at_least(32),
+        metavar="PX",
+        help="size of the centre crop (default: as in training, else 224)",
     )
 
 

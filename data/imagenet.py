@@ -12,13 +12,7 @@ import numpy as np
 
 from common.errors import UserError
 from data.images import ImageFiles
-from data.packed import (
-    MANIFEST,
-    PackedImages,
-    find_empty_class,
-    is_interrupted,
-    read_manifest,
-)
+from data.packed import MANIFEST, PackedImages, find_empty_class, is_interrupted, read_manifest
 from data.splits import list_class_folders, list_images, report_left_out
 
 Source = ImageFiles | PackedImages

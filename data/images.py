@@ -132,7 +132,7 @@ class TrainSet(Dataset):
             try:
                 replacement = self.source.read(int(other))
             except OSError as error:
-                if is_system_error(error):  # the first may have a bad sector, the second not
+                if is_system_error(error):  # two bad sectors are unlikely: the disk fails
                     raise
                 continue
             if was_transient:

@@ -61,13 +61,7 @@ class EvalLoader:
     """
 
     def __init__(
-        self,
-        dataset: EvalSet,
-        *,
-        batch_size: int,
-        workers: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, dataset: EvalSet, *, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
     ):
         self.dataset = dataset
         workers = min(workers, usable_cpus())

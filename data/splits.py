@@ -20,13 +20,7 @@ SPLITS = ("train", "val", "test")
 # Images in these formats are in no listing; they are counted, so that nobody misses them.
 LEFT_OUT_SUFFIXES = (".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".tga")
 # Added to folders by macOS, Synology, Windows and ext file systems, some with thumbnails inside.
-SYSTEM_FOLDERS = {
-    "__MACOSX",
-    "@eaDir",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
 @dataclass(frozen=True)

@@ -187,15 +187,7 @@ class Augment:
     leaves that one out.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        seed: int,
-        magnitude: int,
-        mixup: float,
-        cutmix: float,
-    ):
+    def __init__(self, num_classes: int, *, seed: int, magnitude: int, mixup: float, cutmix: float):
         self.num_classes, self.seed = num_classes, seed
         self.randaugment = RandAugment(magnitude=magnitude)
         self.mixing = []

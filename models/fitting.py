@@ -49,10 +49,7 @@ def recognise(tensors: dict[str, Tensor], names: Iterable[str]) -> str | None:
 
 
 def misfit_error(
-    path: Path,
-    tensors: dict[str, Tensor],
-    name: str,
-    wanted: dict[str, torch.Size] | None = None,
+    path: Path, tensors: dict[str, Tensor], name: str, wanted: dict[str, torch.Size] | None = None
 ) -> UserError:
     """The error that says which tensors of a file do not fit the network `name`.
 
@@ -76,11 +73,7 @@ def misfit_error(
 
 
 def load_fitting(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    *,
-    keep_head: bool,
-    head: Collection[str] = HEAD,
+    model: nn.Module, tensors: dict[str, Tensor], *, keep_head: bool, head: Collection[str] = HEAD
 ) -> list[str]:
     """Load every tensor whose name and shape fit, and return their names.
 

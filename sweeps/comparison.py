@@ -257,14 +257,9 @@ def confusion(runs: Sequence[Run]) -> tuple[list[str], np.ndarray] | None:
     """
     classes, total = None, None
     for run in runs:
-        names = run.results.get("classes")
-        counts = np.array(run.results.get("confusion") or [], dtype=object)
-        if not names or counts.shape != (len(names), len(names)):
-            continue
-        if classes is None:
-            classes, total = names, np.zeros(counts.shape, dtype=np.int64)
-        if names == classes:
-            total += counts.astype(np.int64)
+        names, counts = run.results.get("classes"), run.results.get("confusion")
+        if names and counts and names == (classes or names):
+            classes, total = names, np.array(counts) + (0 if total is None else total)
     return None if classes is None else (classes, total)
 
 

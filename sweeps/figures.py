@@ -98,9 +98,7 @@ def import_matplotlib():
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
-        import_optional("matplotlib.figure", purpose="drawing figures")
-        import_optional("matplotlib.font_manager", purpose="drawing figures")
-        import_optional("matplotlib.ticker", purpose="drawing figures")
+        import_optional("matplotlib.figure", purpose="drawing figures")  # and what it imports
         return import_optional("matplotlib", purpose="drawing figures")
     finally:
         if backend is not None:

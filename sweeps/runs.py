@@ -16,14 +16,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import lock_folder, printable, write_json
 from training.results import parse_run_name, read_results
-from training.run_config import (
-    LOG,
-    NOT_COMPARED,
-    brief,
-    comparable,
-    config_of,
-    find_differences,
-)
+from training.run_config import LOG, NOT_COMPARED, brief, comparable, config_of, find_differences
 
 PLAN = "sweep.json"
 Key = tuple[int, int]  # (fold, seed)

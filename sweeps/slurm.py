@@ -19,7 +19,6 @@ from sweeps.launching import Job, last_output, start_process
 
 BUSY_POLL = 60.0  # seconds between looks at a job that another process runs
 LAST_WAIT = 900.0  # seconds that Slurm takes to kill a task after SIGTERM
-MAX_PARALLEL = 256  # tasks at a time, where the user sets no limit
 ANY_NUMBER = 10**6  # of times that a task may reach its time limit and be queued again
 
 
@@ -76,7 +75,7 @@ def submit(
     partition: str | None,
     gpus: int,
     cpus: int,
-    max_parallel: int | None,
+    max_parallel: int,
 ) -> str:
     """Queue the jobs as one job array and return its number.
 
@@ -84,7 +83,7 @@ def submit(
         logs: folder of Slurm's and submitit's own files.
         minutes: time limit of a task, after which it is queued again.
         gpus, cpus: what each task gets, on one machine.
-        max_parallel: largest number of tasks at a time; None for MAX_PARALLEL.
+        max_parallel: largest number of tasks at a time.
 
     Raises UserError if submitit or Slurm is not installed, or if Slurm refuses.
     """
@@ -99,7 +98,7 @@ def submit(
             gpus_per_node=gpus or None,
             cpus_per_task=cpus,
             srun_args=["--cpus-per-task", str(cpus)],  # which srun no longer takes from sbatch
-            array_parallelism=max_parallel or MAX_PARALLEL,
+            array_parallelism=max_parallel,
             stderr_to_stdout=True,
             setup=[f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"'],
             additional_parameters={"requeue": True},

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from common.errors import UserError
 from data.images import Sample
 from training.distributed import DistributedContext
-from training.engine import EvalMetrics, Trainer, check_precision, choose_precision, evaluate
+from training.engine import EvalMetrics, Evaluator, Trainer, check_precision, choose_precision
 from training.optim import make_optimizer
 from training.recipes import PRETRAIN
 
@@ -239,7 +239,7 @@ def test_fp32_trains_and_evaluates_without_tf32(tf32_allowed, precision, allowed
     make(tiny(), precision=precision)
     assert torch.backends.cudnn.allow_tf32 is allowed
     torch.backends.cudnn.allow_tf32 = True
-    evaluate(tiny(), Batches([sample(1)]), context=CONTEXT, precision=precision)
+    Evaluator(Batches([sample(1)]), CONTEXT, precision).run(tiny())
     assert torch.backends.cudnn.allow_tf32 is allowed
     assert not torch.backends.cuda.matmul.allow_tf32  # torch's default
 
@@ -278,7 +278,7 @@ def evaluated(rows, *, classes, batch=4, broken=(), indices=range(6)):
             )
         )
     before = copy.deepcopy(model.state_dict())
-    metrics = evaluate(model, batches, context=CONTEXT, precision="fp32")
+    metrics = Evaluator(batches, CONTEXT, "fp32").run(model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     return metrics
 
@@ -344,8 +344,8 @@ def test_ranks_add_their_counts_and_their_unreadable_files():
             return [value, ["file9"]]
 
     batches = Batches([sample(1, broken=2)])
-    alone = evaluate(tiny(), batches, context=CONTEXT, precision="fp32")
-    both = evaluate(tiny(), batches, context=TwoRanks(), precision="fp32")
+    alone = Evaluator(batches, CONTEXT, "fp32").run(tiny())
+    both = Evaluator(batches, TwoRanks(), "fp32").run(tiny())
     assert (both.top1, both.top5, both.num_images) == (2 * alone.top1, 2 * alone.top5, 12)
     assert both.loss_sum == 2 * alone.loss_sum
     assert both.unreadable == [*alone.unreadable, "file9"] and len(alone.unreadable) == 6
@@ -356,7 +356,7 @@ def test_evaluation_uses_running_statistics_and_training_continues_after_it():
     model = tiny()
     trainer = make(model)
     batch = sample(3)
-    metrics = evaluate(model, Batches([batch]), context=CONTEXT, precision="fp32")
+    metrics = Evaluator(Batches([batch]), CONTEXT, "fp32").run(model)
     assert isinstance(metrics, EvalMetrics) and metrics.num_images == 6
     buffers = [b.clone() for b in model.buffers()]
     trainer.step([batch], step=0, lr=0.1)

@@ -220,5 +220,5 @@ def test_an_evaluation_keeps_no_file_open_for_each_batch(source, monkeypatch):
 
     monkeypatch.setattr(engine, "classify", classify)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    engine.evaluate(model, loader, context=DistributedContext(), precision="fp32")
+    engine.Evaluator(loader, DistributedContext(), "fp32").run(model)
     assert len(opened) == 88 and opened[-1] - opened[10] < 20

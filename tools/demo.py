@@ -57,12 +57,7 @@ def draw_data(folder: Path) -> None:
         num_classes=CLASSES,
     )
     write_dtd(
-        folder / "dtd",
-        images_per_class=48,
-        folds=FOLDS,
-        size=SIZE,
-        seed=2,
-        num_classes=CLASSES,
+        folder / "dtd", images_per_class=48, folds=FOLDS, size=SIZE, seed=2, num_classes=CLASSES
     )
 
 

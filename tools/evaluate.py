@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.cli import Parser, add_amp_flags, at_least, run
+from common.cli import Parser, add_amp_flags, add_crop_flag, add_weights_flag, at_least, run
 from common.errors import UserError
 from common.files import read_json
 from data.imagenet import Source, list_tree, load_imagenet
@@ -25,7 +25,7 @@ from data.textures import DATASETS, load_splits
 from data.transforms import EvalTransform, make_eval_transform
 from models.weights import load_trained
 from training.distributed import DistributedContext
-from training.engine import PRECISIONS, EvalMetrics, choose_precision, evaluate
+from training.engine import PRECISIONS, EvalMetrics, Evaluator, choose_precision
 from training.results import is_percentage
 
 
@@ -42,19 +42,10 @@ class FlipAverage(nn.Module):
 
 def parse_args(argv: list[str] | None):
     parser = Parser(prog="python -m tools.evaluate", description=__doc__)
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="weights file, or best.pt of a run",
-    )
+    add_weights_flag(parser)
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data_dir",
-        type=Path,
-        metavar="DIR",
-        help="folder of the data (default: the run's)",
+        "--data_dir", type=Path, metavar="DIR", help="folder of the data (default: the run's)"
     )
     data.add_argument(
         "--dataset",
@@ -85,12 +76,7 @@ def parse_args(argv: list[str] | None):
         help="loader processes, at most one per CPU",
     )
     how = parser.add_argument_group("how")
-    how.add_argument(
-        "--img_size",
-        type=at_least(32),
-        metavar="PX",
-        help="size of the centre crop (default: as in training, else 224)",
-    )
+    add_crop_flag(how)
     how.add_argument(
         "--resize",
         type=at_least(32),
@@ -134,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{len(source):,} images of {args.dataset}, {part}, in {args.data_dir}; resize "
         f"{transform.resize}, crop {args.img_size}, {args.precision}"
-        + (", with mirror images" if args.flip else ""),
+        + (", with mirror images" if args.flip else "")
     )
 
     # accuracies, beside the recorded ones
@@ -258,13 +244,8 @@ def count_correct(
     """Evaluate on every image once, with the code of training's validation."""
     spot_check(source)
     model.to(device, memory_format=torch.channels_last)
-    loader = EvalLoader(
-        EvalSet(source, transform),
-        batch_size=batch_size,
-        workers=workers,
-    )
-    context = DistributedContext(device=device)
-    metrics = evaluate(model, loader, context=context, precision=precision)
+    loader = EvalLoader(EvalSet(source, transform), batch_size=batch_size, workers=workers)
+    metrics = Evaluator(loader, DistributedContext(device=device), precision).run(model)
     if metrics.unreadable:
         raise UserError(
             f"{len(metrics.unreadable)} images cannot be read, and an evaluation needs them all: "

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.cli import Parser, run
+from common.cli import Parser, add_weights_flag, run
 from common.errors import UserError
 from common.files import check_outputs
 from common.optional import import_optional
@@ -54,14 +54,7 @@ class Normalised(nn.Module):
 
 def parse_args(argv: list[str] | None):
     parser = Parser(prog="python -m tools.export", description=__doc__)
-    parser.add_argument(
-        "--weights",
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="best.pt of a run, or a weights file",
-    )
+    add_weights_flag(parser)
     parser.add_argument(
         "--out",
         type=Path,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.cli import Parser, at_least, run
+from common.cli import Parser, add_crop_flag, add_weights_flag, at_least, run
 from common.errors import UserError
 from common.files import check_outputs, printable, write_atomic
 from data.images import EvalSet, ImageFiles, read_rgb
@@ -41,26 +41,14 @@ def parse_args(argv: list[str] | None):
         metavar="IMAGE",
         help="image file, or folder of images at any depth",
     )
-    parser.add_argument(
-        "--weights",
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="best.pt of a run, or a weights file with its JSON beside it",
-    )
+    add_weights_flag(parser)
     parser.add_argument(
         "--csv",
         type=Path,
         metavar="FILE",
         help="also write a table: file, class_1, probability_1, … class_5, probability_5",
     )
-    parser.add_argument(
-        "--img_size",
-        type=at_least(32),
-        metavar="PX",
-        help="size of the centre crop (default: as in training, else 224)",
-    )
+    add_crop_flag(parser)
     parser.add_argument(
         "--batch_size", type=at_least(1), default=32, metavar="B", help="images per batch"
     )
@@ -133,12 +121,7 @@ def explain_unreadable(file: Path) -> str:
 
 
 def predict(
-    model: nn.Module,
-    files: list[Path],
-    transform: EvalTransform,
-    *,
-    batch_size: int,
-    workers: int,
+    model: nn.Module, files: list[Path], transform: EvalTransform, *, batch_size: int, workers: int
 ) -> Iterator[tuple[Path, list[tuple[int, float]] | None]]:
     """Yield (file, [(label, probability), …]), best first; None for a file that cannot be read."""
     # the network and the images, as in validation

@@ -259,21 +259,9 @@ class EvalMetrics:
         }
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """Evaluates any network on one dataset."""
-
-    loader: Iterable  # data.loading.EvalLoader
-    context: DistributedContext
-    precision: str
-
-    def run(self, model: nn.Module) -> EvalMetrics:
-        return evaluate(model, self.loader, context=self.context, precision=self.precision)
-
-
 @torch.inference_mode()
 def classify(model: nn.Module, loader, *, device: torch.device, precision: str) -> Iterator[tuple]:
-    """Yield each batch of a data.loading.EvalLoader with what the network says of it.
+    """Yield each batch of a data.loading.EvalLoader with the network's logits.
 
     Yields (batch, labels, logits): labels, int64, B, and logits, float32, B × classes, on `device`.
     """
@@ -286,40 +274,47 @@ def classify(model: nn.Module, loader, *, device: torch.device, precision: str) 
         yield batch, labels, logits.float()
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, loader, *, context: DistributedContext, precision: str
-) -> EvalMetrics:
-    """Classify every image of the loader's dataset once and count the correct ones.
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates any network on one dataset."""
 
-    `loader` is a data.loading.EvalLoader: an iterable over this rank's batches. The bare module is
-    evaluated, not its DDP wrapper, which would communicate in every forward. The ranks may have
-    different numbers of batches; they meet at the end only.
-    """
-    started = time.monotonic()
-    context.broadcast_buffers(model)
-    set_float32_mode(precision)
-    device, num_images = context.device, 0
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5
-    indices, predicted, unreadable = [], [], []
-    for batch, labels, logits in classify(model, loader, device=device, precision=precision):
-        # Count, on the device.
-        ranked = logits.topk(min(5, logits.shape[1])).indices
-        correct = ranked == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum").double()
-        sums += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
-        num_images += len(labels)
-        indices.append(batch.index.clone())  # a worker's tensor keeps a file open
-        predicted.append(ranked[:, 0])
-        broken = batch.index[batch.broken != READ].tolist()
-        unreadable += [loader.file_name(index) for index in broken]
+    loader: Iterable  # data.loading.EvalLoader: this rank's batches
+    context: DistributedContext
+    precision: str
 
-    # Add up over the ranks: the only waits for the device are here.
-    predictions = torch.full((len(loader.dataset),), -1)
-    if indices:
-        predictions[torch.cat(indices)] = torch.cat(predicted).cpu()
-    loss_sum, top1, top5, num_images = context.sum([*sums.tolist(), num_images])
-    unreadable = [name for names in context.gather(unreadable) for name in names]
-    counts = int(top1), int(top5), int(num_images)
-    seconds = time.monotonic() - started
-    return EvalMetrics(loss_sum, *counts, unreadable, predictions, seconds)
+    @torch.inference_mode()
+    def run(self, model: nn.Module) -> EvalMetrics:
+        """Classify every image of the loader's dataset once and count the correct ones.
+
+        The bare module is evaluated, not its DDP wrapper, which would communicate in every
+        forward. The ranks may have different numbers of batches; they meet at the end only.
+        """
+        started = time.monotonic()
+        self.context.broadcast_buffers(model)
+        set_float32_mode(self.precision)
+        device, num_images = self.context.device, 0
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5
+        indices, predicted, unreadable = [], [], []
+        for batch, labels, logits in classify(
+            model, self.loader, device=device, precision=self.precision
+        ):
+            # Count, on the device.
+            ranked = logits.topk(min(5, logits.shape[1])).indices
+            correct = ranked == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum").double()
+            sums += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
+            num_images += len(labels)
+            indices.append(batch.index.clone())  # a worker's tensor keeps a file open
+            predicted.append(ranked[:, 0])
+            broken = batch.index[batch.broken != READ].tolist()
+            unreadable += [self.loader.file_name(index) for index in broken]
+
+        # Add up over the ranks: the only waits for the device are here.
+        predictions = torch.full((len(self.loader.dataset),), -1)
+        if indices:
+            predictions[torch.cat(indices)] = torch.cat(predicted).cpu()
+        loss_sum, top1, top5, num_images = self.context.sum([*sums.tolist(), num_images])
+        unreadable = [name for names in self.context.gather(unreadable) for name in names]
+        counts = int(top1), int(top5), int(num_images)
+        seconds = time.monotonic() - started
+        return EvalMetrics(loss_sum, *counts, unreadable, predictions, seconds)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 
 from tqdm import tqdm
 
@@ -32,42 +33,32 @@ READ_SECONDS = {"cpu": 1.0, "cuda": 10.0}  # between readings of the loss: each 
 SAVE_BEFORE_VALIDATION = 60.0  # seconds since the last save: a stop may come in a long validation
 
 
+@dataclass
 class TrainLoop:
-    """Trains from any state to the last epoch; `fit` runs on all ranks alike.
+    """Trains from any state to the last epoch; `fit` runs on all ranks alike."""
 
-    lr_schedule: global step -> learning rate.  loggers: called with the history after each epoch.
-    extra_columns: more columns for the log, read at the end of each epoch.  validate_every: epochs
-    from one validation to the next; the last epoch always has one.  needs_best: refuse to
-    resume a run whose best.pt is missing or damaged, instead of letting a later epoch be the best.
-    """
+    trainer: Trainer
+    loader: object  # data.loading.TrainLoader
+    evaluator: Evaluator
+    _: KW_ONLY
+    lr_schedule: Callable[[int], float]  # global step -> learning rate
+    epochs: int
+    run_dir: RunDir
+    stop: StopRequest
+    resume_command: str
+    loggers: Iterable[Callable[[list[dict]], None]] = ()  # called with the history after each epoch
+    extra_columns: Callable[[], dict] = dict  # for the log, read at the end of each epoch
+    save_seconds: float = 900.0
+    validate_every: int = 1  # epochs from one validation to the next; the last always has one
+    # Refuse to resume a run whose best.pt is missing, instead of letting a later epoch be the best.
+    needs_best: bool = False
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        loader,  # data.loading.TrainLoader
-        evaluator: Evaluator,
-        *,
-        lr_schedule: Callable[[int], float],
-        epochs: int,
-        run_dir: RunDir,
-        stop: StopRequest,
-        resume_command: str,
-        loggers: Iterable[Callable[[list[dict]], None]] = (),
-        extra_columns: Callable[[], dict] = dict,
-        save_seconds: float = 900.0,
-        validate_every: int = 1,
-        needs_best: bool = False,
-    ):
-        self.trainer, self.loader, self.evaluator = trainer, loader, evaluator
-        self.lr_schedule, self.epochs, self.run_dir, self.stop = lr_schedule, epochs, run_dir, stop
-        self.resume_command, self.loggers = resume_command, loggers
-        self.extra_columns, self.save_seconds = extra_columns, save_seconds
-        self.validate_every, self.needs_best = validate_every, needs_best
-        self.context = trainer.context
-        self.steps_per_epoch = loader.steps_per_epoch
-        self.checkpointer = Checkpointer(run_dir.path)
+    def __post_init__(self):
+        self.context = self.trainer.context
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.checkpointer = Checkpointer(self.run_dir.path)
         self.saved_at = time.monotonic()
-        self.unreadable = UnreadableImages(loader.file_name, run_dir)
+        self.unreadable = UnreadableImages(self.loader.file_name, self.run_dir)
         self.diverged = False
 
     def fit(self, state: TrainState) -> None:

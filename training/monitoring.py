@@ -1,4 +1,4 @@
-"""What training survives but a researcher should see: gradient spikes, a rising loss, bad files."""
+"""Problems that are reported but do not stop a run: gradient spikes, a rising loss, bad files."""
 
 import statistics
 from math import isfinite

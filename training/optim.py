@@ -60,11 +60,7 @@ OPTIMIZERS = {"sgd": make_sgd, "lamb": make_lamb}
 
 
 def make_optimizer(
-    recipe: dict,
-    model: nn.Module,
-    *,
-    lr: float,
-    lr_factors: Mapping[str, float] | None = None,
+    recipe: dict, model: nn.Module, *, lr: float, lr_factors: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer that a recipe describes; for lr_factors see parameter_groups."""
     groups = parameter_groups(model, recipe["weight_decay"], lr_factors)
@@ -84,13 +80,7 @@ def cosine_lr_at(step: int, *, base: float, total_steps: int, warmup_steps: int)
 
 
 def timm_cosine_lr_at(
-    step: int,
-    *,
-    base: float,
-    total_steps: int,
-    warmup_steps: int,
-    warmup_lr: float,
-    min_lr: float,
+    step: int, *, base: float, total_steps: int, warmup_steps: int, warmup_lr: float, min_lr: float
 ) -> float:
     """timm's CosineLRScheduler with warmup_prefix=False.
 

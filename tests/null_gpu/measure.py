@@ -15,7 +15,7 @@ from data.randaugment import RandAugment
 from data.transforms import Augment, normalise
 from models import MODELS, build_model
 from training.distributed import init_distributed
-from training.engine import Trainer, evaluate
+from training.engine import Evaluator, Trainer
 from training.optim import make_optimizer
 from training.recipes import PRETRAIN
 
@@ -123,9 +123,9 @@ def measure_evaluate() -> dict:
     results = {}
     for precision in ("bf16", "fp16", "fp32"):
         model = build_model("twistnet18", 10).to(DEVICE, memory_format=torch.channels_last)
-        evaluate(model, loader, context=CONTEXT, precision=precision)
+        Evaluator(loader, CONTEXT, precision).run(model)
         with Counted() as counted:
-            metrics = evaluate(model, loader, context=CONTEXT, precision=precision)
+            metrics = Evaluator(loader, CONTEXT, precision).run(model)
         results[precision] = {**counted.summary(), "images": metrics.num_images}
     return results
 

@@ -84,10 +84,7 @@ def make_batch(
 ) -> tuple[Sample, Callable]:
     """A collated batch of random images, and the device's part of its augmentation."""
     transform, augment = make_augmentation(
-        {**PRETRAIN[recipe], "train_sizes": None},
-        size=img_size,
-        seed=0,
-        num_classes=NUM_CLASSES,
+        {**PRETRAIN[recipe], "train_sizes": None}, size=img_size, seed=0, num_classes=NUM_CLASSES
     )
     samples = []
     for index in range(batch_size):

@@ -33,17 +33,15 @@ class FolderClass:
     def bytes_to_write(self, copy: bool) -> int:
         return sum(self.sizes().values()) if copy else 0
 
-    def write(self, folder: Path, copy: bool) -> int:
-        """Link (or copy) the images into `folder`; returns their number."""
-        names = self.sizes()
-        for name in names:
+    def write(self, folder: Path, copy: bool) -> None:
+        """Link (or copy) the images into `folder`."""
+        for name in self.sizes():
             # The file itself: a hard link to a symbolic link would still point elsewhere.
             source, target = os.path.realpath(self.path / name), folder / name
             if copy:
                 shutil.copyfile(source, target)
             else:
                 _link(source, target)
-        return len(names)
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,13 @@ class TarClass:
             return sum(member.size for member in self.members)
         return self.inner.size if self.inner else self.path.stat().st_size
 
-    def write(self, folder: Path, copy: bool) -> int:
-        """Extract the images into `folder`; returns their number. Raises UserError as `sizes`."""
+    def write(self, folder: Path, copy: bool) -> None:
+        """Extract the images into `folder`. Raises UserError as `sizes`."""
         with self._open() as (archive, members):
             # Python before 3.10.12 and 3.11.4 has no filters. The members' names are checked.
-            options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)
             for member in members:
-                archive.extract(member, folder, **options)
-            return len(members)
+                archive.extract(member, folder)
 
     @contextmanager
     def _open(self) -> Iterator[tuple[tarfile.TarFile, list[tarfile.TarInfo]]]:
@@ -173,8 +170,6 @@ def _is_hidden(path: PurePosixPath) -> bool:
 def _link(source: str, target: Path) -> None:
     try:
         os.link(source, target)
-    except FileExistsError:
-        raise
     except OSError:  # another file system, or one without hard links
         os.symlink(source, target)
 

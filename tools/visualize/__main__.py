@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Parser, at_least, run
+from common.cli import Parser, add_crop_flag, add_weights_flag, run
 from common.errors import UserError
 from common.files import check_outputs, printable
 from data.images import read_rgb
@@ -43,14 +43,7 @@ def parse_args(argv: list[str] | None):
         metavar="IMAGE",
         help="image file, folder of images, or folder of class folders",
     )
-    parser.add_argument(
-        "--weights",
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="weights of a TwistNet: best.pt of a run, or a weights file",
-    )
+    add_weights_flag(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -65,12 +58,7 @@ def parse_args(argv: list[str] | None):
         help="block to show in detail: layer3.0, layer3.1, layer4.0 or layer4.1; "
         "layer4's maps have a quarter of the positions",
     )
-    parser.add_argument(
-        "--img_size",
-        type=at_least(32),
-        metavar="PX",
-        help="size of the centre crop (default: as in training, else 224)",
-    )
+    add_crop_flag(parser)
     return parser.parse_args(argv)
 
 
