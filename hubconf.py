@@ -56,7 +56,10 @@ def _choose_num_classes(name, pretrained):
     path = None if pretrained == "none" else _weights.resolve_path(name, pretrained)
     if path is None:
         return 1000
-    return _weights.count_classes(_weights.read_weights(path), name)
+    file = _weights.read_weights(path)
+    if "fc.weight" not in file.tensors:
+        raise _models.UserError(f"{path} has no classifier (fc.weight): give num_classes")
+    return _weights.count_classes(file, name)
 
 
 resnet18 = _make_entry("resnet18", "ResNet-18 (He et al. 2016, arXiv:1512.03385).")
