@@ -20,7 +20,7 @@ from common.cli import Parser, add_amp_flags, add_saving_flags, at_least, run
 from common.errors import Preempted, UserError
 from common.files import write_json
 from common.processes import read_integer, usable_cpus
-from data.cache import with_pixel_cache
+from data.cache import check_uncached, with_pixel_cache
 from data.images import EvalSet, ImageFiles, TrainSet, spot_check
 from data.loading import EvalLoader, TrainLoader
 from data.sampling import StepSampler, check_batch_norm, seed_network
@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.no_cache:
             workers = min(args.workers, usable_cpus())
             splits = with_pixel_cache(splits, workers=workers, stop=lambda: stop.requested)
+            check_uncached(splits)
         spot_check(splits.val)
         spot_check(splits.test)
         evaluators = {

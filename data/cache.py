@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from common.errors import Busy, UserError
 from common.files import lock_folder, require_free_space
+from data.decoding import is_system_error
 from data.images import ImageFiles
 from data.packed import (
     MANIFEST,
@@ -51,8 +52,8 @@ class DecodedFiles(ImageFiles):
         return super().read(index)
 
     def check_header(self, index: int) -> None:
-        if self.rows[index] < 0:  # it could not be decoded when the cache was written
-            super().read(index)
+        if self.rows[index] < 0:
+            super().check_header(index)
 
 
 def cache_folders(root: Path) -> list[Path]:
@@ -92,7 +93,8 @@ def with_pixel_cache(
     if packed is None:
         if reasons:
             print(
-                "no cache of decoded images, files are decoded in each epoch: " + "; ".join(reasons)
+                "no cache of decoded images, files are decoded in each epoch: "
+                + "; ".join(reasons),
             )
         return splits
 
@@ -106,6 +108,22 @@ def with_pixel_cache(
         for split, part in zip(SPLITS, parts, strict=True)
     }
     return replace(splits, **cached)
+
+
+def check_uncached(splits: Splits) -> None:
+    """Raise UserError if a validation or test image that is not in the cache cannot be decoded."""
+    for source in (splits.val, splits.test):
+        rows = source.rows if isinstance(source, DecodedFiles) else np.empty(0, np.int64)
+        for index in np.flatnonzero(rows < 0).tolist():
+            try:
+                source.read(index)
+            except OSError as error:
+                if is_system_error(error):
+                    raise
+                raise UserError(
+                    f"{error}. Validation and test use every image: restore the file, or remove it "
+                    "from the dataset"
+                ) from error
 
 
 def _hash_files(source: ImageFiles) -> str:

@@ -25,6 +25,7 @@ from data.decoding import decode_rgb
 
 MANIFEST, FORMAT = "packed.json", 1
 PARTIAL = ".part"  # suffix of files that are being written
+OLD_JOURNAL = "packing.json"  # earlier versions resumed from it and from SPLIT.rows
 
 
 def row_type(name_bytes: int) -> np.dtype:
@@ -142,7 +143,7 @@ def find_empty_class(labels: np.ndarray, classes: list[str]) -> str | None:
 def is_interrupted(root: Path) -> bool:
     """Whether `root` contains what a killed process left of a pack."""
     names = [f"{split}{end}{PARTIAL}" for split in ("train", "val") for end in (".data", ".npy")]
-    return any(os.path.isfile(root / name) for name in names)
+    return any(os.path.isfile(root / name) for name in (OLD_JOURNAL, *names))
 
 
 # ---------------------------------------------------------------- writing
@@ -223,8 +224,9 @@ def finish_pack(root: Path, writers: dict[str, PackWriter], manifest: dict) -> N
 def remove_partial(root: Path, splits: Iterable[str]) -> None:
     """Remove what an interrupted process left of a pack."""
     for split in splits:
-        for suffix in (f".data{PARTIAL}", f".npy{PARTIAL}"):
+        for suffix in (f".data{PARTIAL}", f".npy{PARTIAL}", ".rows"):
             (root / f"{split}{suffix}").unlink(missing_ok=True)
+    (root / OLD_JOURNAL).unlink(missing_ok=True)
 
 
 def remove_pack(root: Path, splits: Iterable[str]) -> None:

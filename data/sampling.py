@@ -60,8 +60,7 @@ class StepSampler:
     order a, b, … becomes the step a0 b0 a1 b1.
 
     `micro_batch` and `micro_batches` belong to the run; `rank` and `world_size` to the processes
-    that train it at the moment. `world_size` must divide `micro_batches`, and there must be at
-    least `micro_batches` images.
+    that train it at the moment. `world_size` must divide `micro_batches`.
     """
 
     def __init__(
@@ -75,6 +74,12 @@ class StepSampler:
         world_size: int = 1,
         repeats: int = 1,
     ):
+        if micro_batches % world_size:
+            raise ValueError(
+                f"{micro_batches} micro-batches per step do not divide by {world_size}"
+            )
+        if num_images < micro_batches:
+            raise ValueError(f"{num_images} images cannot fill {micro_batches} micro-batches")
         self.num_images, self.seed, self.rank, self.world_size = num_images, seed, rank, world_size
         self.micro_batch = min(micro_batch, num_images // micro_batches)
         self.micro_batches, self.repeats = micro_batches, repeats

@@ -19,6 +19,7 @@ from data.cache import (
     FOLDER,
     DecodedFiles,
     cache_folders,
+    check_uncached,
     with_pixel_cache,
 )
 from data.images import TrainSet, spot_check
@@ -282,5 +283,6 @@ def test_an_unreadable_test_image_is_found_before_training(root):
     splits = load(root)
     path = splits.test.path(0)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match=f"{path.name} cannot be read .*Evaluation uses"):
-        spot_check(cached(root).test)
+    with pytest.raises(UserError, match=f"{path.name} cannot be read .*Validation and test use"):
+        check_uncached(cached(root))
+    check_uncached(load(root))  # without a cache nothing is read in advance

@@ -196,6 +196,14 @@ def test_a_killed_pack_is_recognised_and_the_next_one_starts_over(tmp_path):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
+def test_what_an_earlier_version_left_unfinished_starts_over(tmp_path):
+    for file in ("packing.json", "train.data", "train.rows"):
+        (tmp_path / file).write_bytes(b"half a pack")
+    assert is_interrupted(tmp_path)
+    assert write_pack(tmp_path).read(0).shape == (3, 20, 30)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.data", "train.npy", MANIFEST}
+
+
 def test_the_manifest_is_written_after_the_files_it_describes(tmp_path, monkeypatch):
     def die(path, value):
         assert (tmp_path / "train.data").stat().st_size == value["splits"]["train"]["data_bytes"]

@@ -88,6 +88,13 @@ def test_resumed_at_any_step_it_continues_with_the_tail(rank):
         assert batches(make(), step, 7) == whole[2 * step :]
 
 
+def test_counts_that_do_not_divide_or_fill_are_refused():
+    with pytest.raises(ValueError, match="4 micro-batches per step do not divide by 3"):
+        StepSampler(100, seed=0, micro_batch=2, micro_batches=4, rank=0, world_size=3)
+    with pytest.raises(ValueError, match="3 images cannot fill 4"):
+        StepSampler(3, seed=0, micro_batch=2, micro_batches=4)
+
+
 def test_seeds_of_different_keys_differ():
     keys = [(a, b, c, d) for a in range(3) for b in range(8) for c in range(8) for d in (0, 1)]
     assert len({key_seed(*key) for key in keys}) == len(keys)

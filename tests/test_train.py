@@ -435,6 +435,6 @@ def test_a_damaged_test_image_is_found_before_training(dtd, tmp_path):
     name = (dtd / "labels" / "test1.txt").read_text().split()[0]
     path = tmp_path / "damaged" / "images" / name
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="Evaluation uses every image"):
+    with pytest.raises(UserError, match="Validation and test use every image"):
         fine_tune(tmp_path / "damaged")
     assert not (RUN / "latest.pt").exists()
