@@ -69,6 +69,8 @@ def misfit_error(
     ]
     actual = recognise(tensors, MODELS)
     hint = f"; it contains {actual}" if actual else ""
+    if misshapen and not (missing or unexpected) and is_timm(name):
+        hint = "; was it trained at another --img_size?"
     return UserError(f"{path} does not fit {name}: {', '.join(problems)}{hint}")
 
 

@@ -44,11 +44,15 @@ def find_config(name: str):
         if config is not None and config.classifier:
             return config
         if config is not None:
-            raise UserError(f"--model {name}: timm's {own} has no classifier to train")
+            raise no_classifier_error(name)
     known = timm.list_models() + (timm.list_pretrained() if "." in own else [])
     close = [PREFIX + each for each in difflib.get_close_matches(own, known, n=3)]
     advice = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
     raise UserError(f"--model {name}: timm {timm.__version__} has no such network; {advice}")
+
+
+def no_classifier_error(name: str) -> UserError:
+    return UserError(f"--model {name}: this network of timm has no classifier to train")
 
 
 # ---------------------------------------------------------------- building
@@ -82,6 +86,8 @@ def build_timm(
         if stochastic_depth:
             asked += f" and stochastic depth {stochastic_depth:g}"
         raise UserError(f"{name} cannot be built for {asked}: {_shorten(error)}") from error
+    if num_classes and not model.state_dict().keys() >= set(classifier_tensors(name)):
+        raise no_classifier_error(name)  # timm names one that was never built
     if img_size:
         check_takes_images(model, name, img_size)
     return model
@@ -170,7 +176,7 @@ def fetch_published(name: str, img_size: int | None) -> dict[str, Tensor]:
     print(f"[{name} Pretrained] Loading {source}")
     try:
         with quiet_downloads():
-            return create_filled(name, img_size)
+            return create_tensors(name, img_size, pretrained=True)
     except Exception as error:  # the hub's client has many errors of its own
         sentence = " ".join(str(error).split()).partition(". ")[0]
         reason = f"{type(error).__name__}: {sentence}"[:160]
@@ -197,23 +203,34 @@ def fit_to_size(
 ) -> dict[str, Tensor] | None:
     """The tensors for another image size than they were trained at, None if they do not fit.
 
-    timm interpolates position embeddings and tables of relative positions.
+    timm interpolates position embeddings and tables of relative positions. For some networks, such
+    as inception_v3, it would also accept tensors of which few or none belong to them.
     """
     head = tensors.get(classifier_tensors(name)[0])
     if head is None:  # timm would accept any tensors at all
         return None
     overlay = {"state_dict": dict(tensors), "num_classes": len(head), "label_offset": 0}
     try:
-        return create_filled(name, img_size, num_classes=len(head), pretrained_cfg_overlay=overlay)
+        start = create_tensors(name, img_size, num_classes=len(head))
+        filled = create_tensors(
+            name,
+            img_size,
+            num_classes=len(head),
+            pretrained=True,
+            pretrained_cfg_overlay=overlay,
+        )
     except Exception:  # timm's converters fail in many ways on foreign tensors
         return None
+    # Both drew the same random weights, so that what is still equal was not filled.
+    absent = [key for key, x in filled.items() if key not in tensors and x.is_floating_point()]
+    return None if any(torch.equal(filled[key], start[key]) for key in absent) else filled
 
 
-def create_filled(name: str, img_size: int | None, **settings) -> dict[str, Tensor]:
-    """The state dict of a network that timm has filled with weights."""
+def create_tensors(name: str, img_size: int | None, **settings) -> dict[str, Tensor]:
+    """The state dict of a network of timm, which leaves no trace in the random numbers."""
     if find_config(name).fixed_input_size and img_size:
         settings["img_size"] = img_size
     timm = import_timm(name)
     own = name.removeprefix(PREFIX)
-    with torch.random.fork_rng(devices=[]):  # the random weights that are replaced leave no trace
-        return timm.create_model(own, pretrained=True, **settings).state_dict()
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(own, **settings).state_dict()

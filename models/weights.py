@@ -235,7 +235,10 @@ def load_trained(path: str | Path, *, img_size: int | None = None) -> tuple[nn.M
     else:
         name = recognise(file.tensors, MODELS)
     if name is None:
-        raise misfit_error(file.path, file.tensors, claimed if claimed in MODELS else "twistnet18")
+        if claimed in MODELS:
+            raise misfit_error(file.path, file.tensors, claimed)
+        error = misfit_error(file.path, file.tensors, "twistnet18")
+        raise UserError(f"{error}; a network of timm needs its .json beside it")
     num_classes = count_classes(file, name)
     model = build_model(name, num_classes, img_size=built_for)
     if built_for and img_size and img_size != built_for:

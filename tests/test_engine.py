@@ -56,6 +56,27 @@ def make(model, *, momentum=0.9, precision="fp32", augment=mix, **settings):
     return Trainer(model, sgd(model, momentum=momentum), CONTEXT, precision, augment, **settings)
 
 
+def test_nothing_that_was_computed_in_eval_mode_survives_the_loading_of_weights():
+    class Caching(nn.Linear):  # as the attention biases of LeViT in timm before 1.0.30
+        cache = None
+
+        def train(self, mode=True):
+            self.cache = None if mode else self.cache
+            return super().train(mode)
+
+        def forward(self, x):
+            if self.training or self.cache is None:
+                self.cache = self.weight.detach().clone()
+            return F.linear(x, self.cache, self.bias)
+
+    trained, model = Caching(4, 3), Caching(4, 3)
+    model.eval()(torch.zeros(1, 4))
+    trainer = make(model)
+    trainer.load_state_dict(make(trained).state_dict())
+    x = torch.randn(2, 4)
+    assert torch.equal(model.eval()(x), trained.eval()(x))
+
+
 def test_trying_the_memory_runs_the_largest_images_and_changes_nothing():
     model = tiny()
     trainer, shapes = make(model, precision="bf16"), []

@@ -115,6 +115,11 @@ def test_a_network_with_a_fixed_size_is_built_for_the_images():
         build_model(VIT, 3, img_size=40)
 
 
+def test_a_classifier_that_timm_names_but_does_not_build_is_found():
+    with pytest.raises(UserError, match="gemma4_vit_167m_enc: .* has no classifier to train"):
+        build_model("timm/gemma4_vit_167m_enc", 3)
+
+
 def test_drop_rates_are_the_networks_own_unless_a_recipe_sets_them():
     def rates(**settings):
         modules = build_model("timm/swin_tiny_patch4_window7_224", 3, **settings).modules()
@@ -226,6 +231,31 @@ def test_weights_of_another_network_are_refused(state):
     model = build_model(VIT, 3, img_size=32)
     with pytest.raises(UserError, match="x.pt does not fit timm/test_vit: .* missing"):
         load_pretrained(model, VIT, "x.pt", img_size=32)
+
+
+@pytest.mark.parametrize("lost", ["fc.bias", "base_layer.1.weight", None])
+def test_weights_are_refused_that_timm_would_accept_in_part(lost):
+    name = "timm/dla46_c"  # timm fills it with whatever fits, and leaves the rest at random
+    state = timm.create_model("dla46_c").state_dict()
+    if lost:
+        del state[lost]
+    else:  # another network's
+        state = {"fc.weight": state["fc.weight"], "a": torch.zeros(1)}
+    torch.save(state, "x.pt")
+    model = build_model(name, 3)
+    if lost == "fc.bias":  # the classifier is not loaded
+        assert load_pretrained(model, name, "x.pt")["tensors_loaded"] == len(state) - 1
+        return
+    with pytest.raises(UserError, match="x.pt does not fit timm/dla46_c: .* missing"):
+        load_pretrained(model, name, "x.pt")
+
+
+def test_weights_of_another_size_that_timm_does_not_interpolate_say_so():
+    name = "timm/mixer_s16_224"
+    torch.save(build_model(name, 3, img_size=32).state_dict(), "mixer.pt")
+    model = build_model(name, 3, img_size=64)
+    with pytest.raises(UserError, match="misshapen .*; was it trained at another --img_size"):
+        load_pretrained(model, name, "mixer.pt", img_size=64)
 
 
 def test_a_network_of_timm_with_a_stem_is_not_taken_for_the_authors():
@@ -358,6 +388,10 @@ def test_a_size_that_a_network_cannot_halve_often_enough_is_refused():
     assert not load_trained("weights.pt", img_size=96)[0].training
     with pytest.raises(UserError, match="hrnet_w18_small does not take 100 px images"):
         load_trained("weights.pt", img_size=100)
+
+    Path("weights.json").unlink()
+    with pytest.raises(UserError, match="a network of timm needs its .json beside it"):
+        load_trained("weights.pt")
 
 
 def test_predict_classifies(trained, dtd, capsys):

@@ -231,6 +231,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         self.model.load_state_dict(state["model"])
+        self.model.train()  # older networks of timm keep what they computed in eval mode until then
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
