@@ -264,14 +264,12 @@ def main(argv: list[str] | None = None) -> None:
     context.barrier()
 
     # The state: of a new run, or of the one to resume.
-    state, tensors = open_state(args, given, train, val, classes, context)
+    state, tensors, sampler = open_state(args, given, train, val, classes, context)
     config = state.config
     if context.is_main:
         make_weights_dir(args.weights_dir)
     if state.epoch < args.epochs:
         check_precision(context.device, config["precision"])
-    sampler = make_sampler(len(train), config, context)
-    check_epochs(state, sampler.steps_per_epoch)
     with run_dir.recording_failure(active=context.is_main):
         # Loaders.
         val_loader = make_val_loader(val, args, config, context)
@@ -343,28 +341,34 @@ def open_state(
     val: ImageFiles,
     classes: list[str],
     context: DistributedContext,
-) -> tuple[TrainState, dict[str, dict]]:
-    """The state and the tensors (none for a new run); puts a resumed run's flags into args."""
+) -> tuple[TrainState, dict[str, dict], StepSampler]:
+    """The state, the tensors (none for a new run) and the data order.
+
+    Puts a resumed run's flags into args.
+    """
     digest = digest_of(classes, {"train": train})
     val_digest = digest_of(classes, {"val": val})
     resumed = load_run(args.resume, args.checkpoint_dir, context)
     if resumed is None:
         config = {**make_config(args, context), "val_data": val_digest}
         record_weights_dir(args, given, config)
-        return TrainState(config, classes, len(train), data_digest=digest), {}
+        state = TrainState(config, classes, len(train), data_digest=digest)
+        return state, {}, make_sampler(len(train), config, context)
     state, tensors, path = resumed
     epochs = state.config.get("epochs", 0)
     restore_flags(args, given, state, path)
     record_weights_dir(args, given, state.config)
     check_same_data(state, classes, len(train), digest, args.data_dir)
     state.data_digest = digest
+    sampler = make_sampler(len(train), state.config, context)
+    check_epochs(state, sampler.steps_per_epoch)
     if context.is_main:
         print(describe_resumed(state, path, args.epochs))
-        if state.epoch == args.epochs < epochs:
+        if state.step == args.epochs * sampler.steps_per_epoch and args.epochs < epochs:
+            lr = tensors["optimizer"]["param_groups"][0]["lr"]
             print(
                 f"warning: the run was meant to have {epochs} epochs, and its learning rate is "
-                f"still {state.history[-1]['lr']:.3g}: that of a run of {args.epochs} epochs would "
-                "be near zero"
+                f"still {lr:.3g}: that of a run of {args.epochs} epochs would be near zero"
             )
         if state.config.get("val_data", val_digest) != val_digest:
             print(
@@ -372,7 +376,7 @@ def open_state(
                 "before: its accuracies, and which epoch is the best, cannot be compared"
             )
     state.config["val_data"] = val_digest
-    return state, tensors
+    return state, tensors, sampler
 
 
 def check_epochs(state: TrainState, steps_per_epoch: int) -> None:

@@ -9,6 +9,7 @@ command again resumes an interrupted run and leaves a finished one as it is.
 """
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common.cli import Parser, add_amp_flags, add_saving_flags, at_least, run
-from common.errors import Preempted, UserError
+from common.errors import Diverged, Preempted, UserError
 from common.files import write_json
 from common.processes import read_integer, usable_cpus
 from data.cache import check_uncached, with_pixel_cache
@@ -400,6 +401,10 @@ def make_results(
             "test images cannot be decoded, and the test uses every image: restore the files and "
             f"run the same command again: {', '.join(metrics.unreadable)}"
         )
+    if not math.isfinite(metrics.loss_sum):
+        epoch = state.best_epoch
+        raise Diverged(f"the test loss of epoch {epoch} is not finite: use a smaller --lr")
+
     # Predictions, and counts of true class × predicted class.
     labels, predictions = torch.from_numpy(splits.test.labels), metrics.predictions
     n = len(splits.classes)

@@ -100,11 +100,11 @@ class Validation:
 class Scores:
     """A validation with these counts of correct images, of 10, one per epoch."""
 
-    def __init__(self, *top1, unreadable=()):
-        self.top1, self.unreadable = list(top1), list(unreadable)
+    def __init__(self, *top1, unreadable=(), loss_sum=1.0):
+        self.top1, self.unreadable, self.loss_sum = list(top1), list(unreadable), loss_sum
 
     def run(self, model):
-        return EvalMetrics(1.0, self.top1.pop(0), 10, 10, self.unreadable, torch.empty(0))
+        return EvalMetrics(self.loss_sum, self.top1.pop(0), 10, 10, self.unreadable, torch.empty(0))
 
 
 def augment(images, labels, draws, *, step, micro):
@@ -409,6 +409,14 @@ def test_a_loss_that_is_nan_stops_the_run_and_spares_the_checkpoint(
     assert state.step - STEPS == (2 if read_seconds < 0 else STEPS)
     assert saved(tmp_path).step == STEPS and not (tmp_path / PREVIOUS).exists()
     assert len(log(tmp_path)) == 1
+
+
+def test_a_validation_loss_that_is_nan_stops_the_run(tmp_path):
+    train_loop, state = make(tmp_path)
+    train_loop.evaluator = Scores(5, loss_sum=float("nan"))
+    with pytest.raises(Diverged, match="validation loss is not finite at epoch 1 step 4, learning"):
+        train_loop.fit(state)
+    assert log(tmp_path) == []
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):

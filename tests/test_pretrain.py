@@ -535,14 +535,17 @@ def test_a_run_that_was_resumed_from_best_is_continued_by_the_same_command(tree,
 
 
 @TINY
-def test_a_run_that_ends_before_its_schedule_says_so(tree, stop_after, capsys):
-    stop_after(validation=2)
+@pytest.mark.parametrize("moment", [{"validation": 2}, {"step": 7}])  # after and before it
+def test_a_run_that_ends_before_its_schedule_says_so(tree, stop_after, capsys, moment):
+    stop_after(**moment)
     with pytest.raises(Preempted):
         pretrain(tree, epochs=8)
     stop_after()
     resume(tree, "--epochs", "2")
     out = capsys.readouterr().out
     assert "warning: the run was meant to have 8 epochs, and its learning rate is still" in out
+    rate = saved().history[-1]["lr"]
+    assert f"is still {rate:.3g}:" in out and rate == pytest.approx(0.001519, abs=1e-6)
     about = json.loads(Path("weights/resnet18_imagenet.json").read_text())
     assert about["recipe"]["earlier_epochs"] == [8]
     resume(tree)
@@ -791,6 +794,17 @@ def test_too_few_epochs_leave_a_finished_run_as_it_is(tree, capsys):
         resume(tree, "--epochs", "1")
     assert json.loads(Path("checkpoints/status.json").read_text())["state"] == "finished"
     assert "writing its outputs again" not in capsys.readouterr().out
+
+
+@TINY
+def test_an_epoch_that_has_begun_is_not_said_to_be_the_last(tree, stop_after, capsys):
+    stop_after(step=7)
+    with pytest.raises(Preempted):
+        pretrain(tree, epochs=3)
+    capsys.readouterr()
+    with pytest.raises(UserError, match="--epochs 1 is less than .*: its epoch 2 has begun"):
+        resume(tree, "--epochs", "1")
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------ the recipe

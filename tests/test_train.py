@@ -1,6 +1,7 @@
 """train.py end to end, in this process, on a few tiny textures."""
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -10,11 +11,11 @@ import torch
 
 import train
 from common.cli import run
-from common.errors import Preempted, UserError
+from common.errors import Diverged, Preempted, UserError
 from data.synthetic import write_dtd
 from models import build_model
 from training.checkpoint import FRESH_BEST, load_checkpoint
-from training.engine import EvalMetrics
+from training.engine import EvalMetrics, Evaluator, Trainer
 from training.loop import TrainLoop
 from training.recipes import FINETUNE
 from training.run_dir import RunDir
@@ -363,6 +364,32 @@ def test_no_accuracy_in_any_epoch_still_ends_with_a_test_result(dtd, monkeypatch
     fine_tune(dtd)
     assert (results()["best_epoch"], results()["val_acc"]) == (1, 0.0)
     assert results()["test_images"] == 9
+
+
+@TINY
+def test_a_test_loss_that_is_nan_is_not_reported(dtd, stop_after, monkeypatch):
+    stop_after(validation=2)
+    with pytest.raises(Preempted):
+        fine_tune(dtd)
+    stop_after()
+    nan = EvalMetrics(math.nan, 3, 9, 9, [], torch.zeros(9, dtype=torch.int64))
+    monkeypatch.setattr(Evaluator, "run", lambda self, model: nan)
+    with pytest.raises(Diverged, match=r"the test loss of epoch \d is not finite"):
+        fine_tune(dtd)
+    assert not (RUN / "results.json").exists()
+
+
+@TINY
+def test_a_run_that_failed_in_its_first_step_can_be_started_with_other_settings(dtd, monkeypatch):
+    def run_out_of_memory(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Trainer, "step", run_out_of_memory)
+        fine_tune(dtd, epochs=1)
+    assert (RUN / "config.json").exists()
+    fine_tune(dtd, epochs=2)
+    assert results()["epochs"] == 2
 
 
 @TINY

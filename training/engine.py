@@ -177,6 +177,11 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step, of the parameters whose factor is 1."""
+        return self.optimizer.param_groups[0]["lr"]
+
     def try_memory(self, batch_size: int, img_size: int) -> None:
         """Run a forward and a backward pass on black images, and discard them.
 

@@ -147,7 +147,10 @@ class TrainLoop:
         return epoch % self.validate_every == 0 or epoch == self.epochs
 
     def validate(self, state: TrainState) -> EvalMetrics:
-        """Exact counts over all ranks. Raises UserError where an image cannot be decoded."""
+        """Exact counts over all ranks.
+
+        Raises UserError where an image cannot be decoded, Diverged where the loss is not finite.
+        """
         metrics = self.evaluator.run(self.trainer.model)
         if metrics.unreadable:
             self.save(state)
@@ -157,6 +160,8 @@ class TrainLoop:
                 "evaluation uses every image: restore the files and run the same command again: "
                 + ", ".join(metrics.unreadable)
             )
+        if not math.isfinite(metrics.loss_sum):
+            self.raise_diverged(state, "the validation loss is not finite")
         return metrics
 
     def complete_last_epoch(self, state: TrainState) -> None:
@@ -178,7 +183,7 @@ class TrainLoop:
         loss_sum, num_images = self.context.sum(list(self.trainer.read_loss()))
         row = {
             "epoch": state.epoch + 1,
-            "lr": self.lr_schedule(state.step - 1),
+            "lr": self.trainer.lr,
             "train_loss": loss_sum / num_images,
             **(metrics.as_row("val") if metrics else {}),
             "images_per_s": round(num_images / state.seconds, 1),
@@ -231,7 +236,7 @@ class TrainLoop:
         rate = num_images * self.context.world_size / max(1e-9, state.seconds)
         bar.set_postfix_str(
             f"loss {loss_sum / max(1, num_images):.3f}, "
-            f"lr {self.lr_schedule(state.step - 1):.4g}, {rate:.0f} images/s"
+            f"lr {self.trainer.lr:.4g}, {rate:.0f} images/s"
         )
 
     # ------------------------------------------------------------------ saves and stops
@@ -310,8 +315,8 @@ class TrainLoop:
 
     def raise_diverged(self, state: TrainState, what: str) -> None:
         self.join_save()
-        lr = self.lr_schedule(max(0, state.step - 1))
-        message = f"{what} at {self.position(state)}, learning rate {lr:.4g}: use a smaller --lr"
+        position, lr = self.position(state), self.trainer.lr
+        message = f"{what} at {position}, learning rate {lr:.4g}: use a smaller --lr"
         latest = self.run_dir.path / LATEST
         if latest.exists():
             message += f" ({latest} predates this)"
