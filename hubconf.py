@@ -5,6 +5,7 @@
 
 pretrained   False: random weights.  True or "auto": weights/<name>_imagenet.pt in the working
              folder, then in this one, then what train.py would take.  A path: that file.
+             Weights that fill only a part of the network need num_classes.
 num_classes  Left out: trained weights keep their own classes and classifier; without weights, 1000.
              N: a new classifier of N classes, also where the file has as many.
              0: no classifier; model(images) returns the pooled features, [B, 512].

@@ -109,7 +109,12 @@ def add_recipe_flags(group) -> None:
         "image sizes; a1: timm's A1, steps of 2048 images by accumulation (pip install timm)",
     )
     add_model_flag(group)
-    group.add_argument("--epochs", type=at_least(1), metavar="N", help="number of training epochs")
+    group.add_argument(
+        "--epochs",
+        type=at_least(1),
+        metavar="N",
+        help="number of training epochs; with --resume it may differ from the run's",
+    )
     group.add_argument(
         "--batch_size",
         type=at_least(1),
@@ -164,7 +169,8 @@ def add_file_flags(group) -> None:
         type=Path,
         default=Path("checkpoints"),
         metavar="DIR",
-        help="folder of this run's checkpoints and log; one folder per run",
+        help="folder of this run's checkpoints and log, one per run; with --resume FILE alone, the "
+        "folder of FILE",
     )
     group.add_argument(
         "--weights_dir",
@@ -481,11 +487,13 @@ def make_sampler(num_images: int, config: dict, context: DistributedContext) -> 
     """The data order; UserError where the ranks cannot share the run's micro-batches evenly."""
     micro_batches, batch_size = config["micro_batches"], config["batch_size"]
     if micro_batches % context.world_size:
-        smaller = ", or a smaller --batch_size" if config["global_batch"] else ""
+        advice = ", or start a new run in another --checkpoint_dir"
+        if config["global_batch"]:
+            advice = ", or a smaller --batch_size"
         raise UserError(
             f"the run has {micro_batches} micro-batches of {batch_size} images per step, which "
             f"{context.world_size} processes cannot share evenly: use a number of processes that "
-            f"divides {micro_batches}{smaller}"
+            f"divides {micro_batches}{advice}"
         )
     if num_images < micro_batches:
         advice = "use a larger --batch_size" if config["global_batch"] else "use fewer processes"
@@ -639,7 +647,7 @@ def print_run_summary(
         f"{config['precision']}, {workers} workers per process"
     )
 
-    # Where it departs from its flags.
+    # Settings that differ from the flags, and warnings.
     if "train_sizes" in config:
         sizes = ", ".join(str(size) for size in list_train_sizes(config))
         every = count_validation_interval(config, sampler.num_images, num_val_images)

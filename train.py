@@ -106,7 +106,7 @@ def add_data_flags(group) -> None:
         "--no_cache",
         action="store_true",
         help="decode the images in every epoch instead of caching their pixels once for all runs "
-        "in .twistnet_cache beside them",
+        "in .twistnet_cache beside them (unless they would take half of the memory)",
     )
 
 

@@ -149,8 +149,8 @@ def add_crop_flag(group) -> None:
 def run(main: Callable[[], None], *, ends_torchrun: bool = False) -> None:
     """Run a script's main and exit with its code; what the user can fix is one line on stderr.
 
-    ends_torchrun: the script is a rank of torchrun, whose --max_restarts shall not repeat what
-    would fail again.
+    ends_torchrun: the script is a rank of torchrun; an error that would recur also ends torchrun,
+    which would otherwise retry it (--max_restarts).
 
     Exit codes: 0 done, 1 failed (divergence, out of memory), 2 bad input, 3 busy, 75 preempted
     and resumable, 130 interrupted.

@@ -78,7 +78,7 @@ def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
 
 
 def load_cub200(data_dir: Path, fold: int) -> Splits:
-    """CUB-200-2011, one fold: the official test set; a tenth of each training class validates."""
+    """CUB-200-2011, one fold: the official test set; a tenth of the other images validates."""
     # Its four tables, {id: (file:line, value)}.
     check_fold(fold, [1], "cub200")
     root = find_root(data_dir, ["", "CUB_200_2011"], [*CUB_FILES, "images"], "CUB-200-2011")
@@ -105,7 +105,7 @@ def load_cub200(data_dir: Path, fold: int) -> Splits:
         else:
             listed["test"].append((f"images/{image}", classes.index(class_id)))
 
-    # A tenth of each class's training images validates.
+    # A tenth of each class's training images is held out for validation.
     for label, class_id in enumerate(classes):
         files = shuffle_files(training[class_id], fold)
         if len(files) < 2:

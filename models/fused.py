@@ -1,4 +1,4 @@
-"""STCI with every trick: the sums of stci.py in fewer passes over memory.
+"""STCI fused: the results of stci.py in fewer passes over memory.
 
 The plain path walks over the 176 channels some thirty times per step: products, concatenation,
 AIS, GroupNorm, and the backward passes of these. The tricks:
@@ -8,7 +8,7 @@ AIS, GroupNorm, and the backward passes of these. The tricks:
   distance d = j - i, z_i t_(i+d), are then one pass over contiguous rows, so this file orders f's
   channels by d.
 - AIS and GroupNorm only multiply and shift each channel of an image. The factors come from the
-  channels' means and mean squares, and these from 8x8 matrix products of the two looks.
+  channels' means and mean squares, and these from 8x8 matrix products of z and t.
 - The projection is one matrix product, and so are its gradients.
 - The backward passes are written by hand and recompute the products instead of storing them.
 Statistics are float32 (float64 for float64). The tests hold both paths equal.
@@ -70,7 +70,7 @@ def twist(z: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 def select_and_project(
     z: Tensor, t: Tensor, *, ais: nn.Module | None, norm: nn.GroupNorm, weight: Tensor
 ) -> Tensor:
-    """W_p GroupNorm(AIS([z, p])) of both looks, [B, 32, H, W] each -> [B, C, H, W]."""
+    """W_p GroupNorm(AIS([z, p])) of the features z and t, [B, 32, H, W] each -> [B, C, H, W]."""
     batch, _, height, width = z.shape
     dtype = z.dtype
     with torch.autocast(z.device.type, enabled=False):
@@ -187,7 +187,7 @@ class Project(Function):
         small = (-1, f.shape[2])
         grad_scale = f.mul_(grad).sum(-1).view(small).index_select(0, inverse).t()
         grad_shift = grad.sum(-1).view(small).index_select(0, inverse).t()
-        # The two looks, one distance d = j - i at a time.
+        # Both features, one distance d = j - i at a time.
         grad.mul_(scale)
         grad_z, grad_t = torch.empty_like(z).copy_(grad[:, :reduced]), torch.zeros_like(t)
         for d, rows in diagonals(reduced):

@@ -1,11 +1,11 @@
 """Spiral-Twisted Channel Interaction (STCI): the idea of the paper as formulas, and nothing else.
 
 Four heads look in four directions: 0, 45, 90 and 135 degrees. Head k reduces C channels to r = 8,
-blends each with its neighbour one step along the direction, and multiplies both looks pairwise:
+blends each with its neighbour one step along the direction, and multiplies the two pairwise:
 
-    z    = ReLU(BN(W_k h))                    first look, 8 channels
-    t    = s_k (z * D_k)                      second look: a depthwise 3x3 convolution that starts
-                                              as 0.5 at the position and 0.5 at its neighbour
+    z    = ReLU(BN(W_k h))                    features, 8 channels
+    t    = s_k (z * D_k)                      shifted features: a depthwise 3x3 convolution, which
+                                              starts as 0.5 at the position and at its neighbour
     u, v = z / max(|z|, 1e-6), t / max(|t|, 1e-6)
     p_ij = u_i v_j                            36 products, i <= j, at each position
     f    = [u, p] of all heads                4 x (8 + 36) = 176 channels
@@ -73,7 +73,7 @@ class STCI(nn.Module):
         return self.proj_bn(self.select_and_project(self.interact(z, t)))
 
     def reduce_and_twist(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The first and the second look, z and t: [B, C, H, W] -> two of [B, 32, H, W]."""
+        """The features z and the shifted features t: [B, C, H, W] -> two of [B, 32, H, W]."""
         z = F.relu(self.reduce_bn(self.reduce(h)))
         t = z if self.twist is None else self.twist(z)
         return z, t
@@ -97,7 +97,7 @@ class STCI(nn.Module):
 
 
 class Twist(nn.Module):
-    """The second look, s (z * D): a depthwise 3x3 convolution that starts as a directional step."""
+    """The shifted features, s (z * D): a depthwise 3x3 convolution, at first a directional step."""
 
     def __init__(self, channels: int):
         super().__init__()

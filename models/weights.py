@@ -191,7 +191,7 @@ def load_published(model: nn.Module, name: str, img_size: int | None, *, keep_he
 def load_torchvision(model: nn.Module, name: str, *, keep_head: bool) -> dict:
     """Load torchvision's ResNet-18: whole, all but SE, or for TwistNet the early layers."""
     if keep_head and name != "resnet18":
-        raise UserError(f"no weights for {name} with a classifier: give --pretrained PATH")
+        raise UserError(f"no weights for {name} with a classifier: give num_classes, or a path")
     looked = candidate_paths(name)
     file = fetch_resnet18(name, looked)
     if keep_head:

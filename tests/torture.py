@@ -130,7 +130,7 @@ def inject(folder: Path, process: subprocess.Popen, rng: random.Random, tally: T
     latest, previous = (folder / "checkpoints" / name for name in (LATEST, PREVIOUS))
     if target == LATEST and previous.exists():
         content = latest.read_bytes()
-        latest.unlink()  # first: best.pt may be the same file
+        latest.unlink()  # first: latest.prev.pt may be the same file
         latest.write_bytes(content[: len(content) // 2])
     if process.poll() is None and targets:
         os.kill(rng.choice(targets), number)

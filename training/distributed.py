@@ -12,8 +12,8 @@ import torch.distributed as dist
 from common.errors import UserError
 from common.processes import read_integer
 
-# The ranks meet in gloo before each step, and there they may wait long: rank 0 may be writing to a
-# slow disk. NCCL's own operations follow that meeting at once, so that a long wait is a hung GPU.
+# The ranks synchronise through gloo before each step, and that wait may be long: rank 0 may be
+# writing to a slow disk. NCCL's own operations follow at once: a long wait there is a hung GPU.
 CONTROL_TIMEOUT = datetime.timedelta(minutes=30)
 NCCL_TIMEOUT = datetime.timedelta(minutes=10)
 

@@ -90,7 +90,7 @@ def load_finished(folder: Path, config: dict) -> dict | None:
     """The results of the finished run of this configuration in `folder`, or None.
 
     Raises UserError where the folder contains a run of another configuration, finished or not, or
-    results that cannot be used. A run that has saved nothing yet can be started with others.
+    results that cannot be used. A run without any checkpoint can be started again with others.
     """
     results = read_results(folder)
     old = config_of(results) if results else read_json(folder / CONFIG)
