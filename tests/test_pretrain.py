@@ -787,6 +787,16 @@ def raise_out_of_memory(*_):
     raise RuntimeError("out of memory")
 
 
+@pytest.mark.parametrize(
+    ("global_batch", "advice"),
+    [(None, "or start a new run in another --checkpoint_dir"), (8, "or a smaller --batch_size")],
+)
+def test_more_processes_than_the_run_has_micro_batches_are_refused(global_batch, advice):
+    config = {"micro_batches": 2, "batch_size": 4, "global_batch": global_batch}
+    with pytest.raises(UserError, match=f"4 processes cannot share evenly: .* divides 2, {advice}"):
+        pretrain_imagenet.make_sampler(100, config, DistributedContext(world_size=4))
+
+
 @TINY
 def test_too_few_epochs_leave_a_finished_run_as_it_is(tree, capsys):
     pretrain(tree, epochs=2)
