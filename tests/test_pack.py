@@ -185,6 +185,23 @@ def test_a_finished_pack_is_left_as_it_is(tree, capsys):
         run(tree, "--quality", "70")
 
 
+@pytest.mark.parametrize("broken", ["_entry", "__init__"])
+def test_a_pack_that_the_machine_cannot_read_now_is_left_alone(tree, monkeypatch, broken):
+    out = run(tree)
+    before = (out / "train.data").stat()
+
+    def fail(*_):
+        error = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if broken == "_entry":
+            raise error
+        raise UserError("the packed train images cannot be opened") from error
+
+    monkeypatch.setattr(packed.PackedImages, broken, fail)
+    with pytest.raises((OSError, UserError), match="Stale|cannot be opened"):
+        run(tree)
+    assert (out / "train.data").stat() == before
+
+
 def test_a_damaged_pack_is_replaced_and_one_of_other_images_is_refused(tree, capsys):
     out = run(tree)
     whole = (out / "train.data").read_bytes()

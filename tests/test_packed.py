@@ -112,8 +112,9 @@ def test_one_wrong_byte_is_found_and_named_and_the_others_are_read(tmp_path, dec
     assert (sample.broken, sample.label) == (1, 0)  # as any broken image
 
 
-def test_a_batch_is_its_samples_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "DECODED_AT_ONCE", 3)
+@pytest.mark.parametrize(("limit", "value"), [("IMAGES", 3), ("BYTES", 4000)])
+def test_a_batch_is_its_samples_one_by_one(tmp_path, monkeypatch, limit, value):
+    monkeypatch.setattr(images, f"DECODED_{limit}", value)
     dataset = TrainSet(write_pack(tmp_path), TrainTransform(16), 0)
     keys = [(1, i % 4) for i in range(8)]
     batch = collate(dataset.__getitems__(keys))

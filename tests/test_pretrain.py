@@ -384,6 +384,23 @@ def test_ranks_that_read_different_checkpoints_do_not_start(tree, monkeypatch):
 
 
 @TINY
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("name", ["lr", "precision", "training images", "validation images"])
+def test_ranks_that_differ_in_data_or_settings_do_not_start(tree, monkeypatch, name, resumed):
+    class OtherRank(DistributedContext):
+        def gather(self, value):
+            return [value, {**value, name: "x"} if isinstance(value, dict) else value]
+
+    if resumed:
+        pretrain(tree, epochs=1)
+    monkeypatch.setattr(pretrain_imagenet, "init_distributed", OtherRank)
+    with pytest.raises(
+        UserError, match=f"the ranks differ in {name}: every machine needs the same"
+    ):
+        pretrain(tree, *(["--resume", "checkpoints/latest.pt"] if resumed else []), epochs=2)
+
+
+@TINY
 def test_the_command_that_resumes_keeps_folders_and_speed(tree, stop_after):
     stop_after(step=1)
     with pytest.raises(

@@ -177,6 +177,8 @@ def is_packed(out: Path, sources: dict[str, ImageFiles], settings: dict) -> bool
             for index in indices:
                 packed.check_header(index)
     except (OSError, UserError) as error:
+        if is_system_error(error) or is_system_error(error.__cause__):  # it may be intact
+            raise
         print(f"packing again: {error}")
         remove_pack(out, sources)
         return False

@@ -149,7 +149,8 @@ class TrainLoop:
     def validate(self, state: TrainState) -> EvalMetrics:
         """Exact counts over all ranks.
 
-        Raises UserError where an image cannot be decoded, Diverged where the loss is not finite.
+        Raises UserError where an image cannot be decoded, Diverged where the loss is not finite;
+        in fp16, in which a single image can overflow, that is a warning.
         """
         metrics = self.evaluator.run(self.trainer.model)
         if metrics.unreadable:
@@ -161,7 +162,10 @@ class TrainLoop:
                 + ", ".join(metrics.unreadable)
             )
         if not math.isfinite(metrics.loss_sum):
-            self.raise_diverged(state, "the validation loss is not finite")
+            if self.trainer.precision != "fp16":
+                self.raise_diverged(state, "the validation loss is not finite")
+            if self.context.is_main:
+                print("warning: the validation loss is not finite: fp16 overflowed")
         return metrics
 
     def complete_last_epoch(self, state: TrainState) -> None:

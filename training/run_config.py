@@ -90,10 +90,10 @@ def load_finished(folder: Path, config: dict) -> dict | None:
     """The results of the finished run of this configuration in `folder`, or None.
 
     Raises UserError where the folder contains a run of another configuration, finished or not, or
-    results that cannot be used. A run without any checkpoint can be started again with others.
+    results that cannot be used.
     """
     results = read_results(folder)
     old = config_of(results) if results else read_json(folder / CONFIG)
-    if results or (old and any(folder.glob("*.pt"))):
+    if old:
         check_same_config(folder, old, config)
     return results

@@ -96,7 +96,10 @@ class RunDir:
 
     @contextlib.contextmanager
     def recording_failure(self, *, active: bool = True) -> Iterator[None]:
-        """Write into status.json how the block ended if it raises (rank 0 only: `active`)."""
+        """Write into status.json how the block ended if it raises (rank 0 only: `active`).
+
+        A run that has saved nothing is then no run any more: its config.json is removed.
+        """
         try:
             yield
         except Preempted:
@@ -107,6 +110,8 @@ class RunDir:
                 line, _ = explain_error(error) or (str(error) or type(error).__name__, None)
                 message = " ".join(line.removeprefix("error: ").split())
                 self.write_status(state, message=message)
+                if not any(self.path.glob("*.pt")):  # it can be started with other settings
+                    (self.path / CONFIG).unlink(missing_ok=True)
             raise
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
