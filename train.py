@@ -9,7 +9,6 @@ command again resumes an interrupted run and leaves a finished one as it is.
 """
 
 import argparse
-import math
 import os
 import shlex
 import sys
@@ -401,7 +400,7 @@ def make_results(
             "test images cannot be decoded, and the test uses every image: restore the files and "
             f"run the same command again: {', '.join(metrics.unreadable)}"
         )
-    if not math.isfinite(metrics.loss_sum) and config["precision"] != "fp16":
+    if metrics.has_diverged(config["precision"]):
         epoch = state.best_epoch
         raise Diverged(f"the test loss of epoch {epoch} is not finite: use a smaller --lr")
 

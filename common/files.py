@@ -1,6 +1,7 @@
 """Files: atomic writes, outputs that a user names, JSON, text, checksums, locks and free space."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -67,6 +68,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+            raise
     finally:
         os.close(descriptor)
 
@@ -208,7 +212,7 @@ def read_json(path: Path) -> dict | None:
     """Read a JSON object; None where the file does not exist or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -57,7 +57,11 @@ def _retry(read: Callable[[Path], object], path: Path):
             if not is_transient(error):
                 raise
         time.sleep(seconds)
-    return read(path)
+    try:
+        return read(path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # errors of reading do not have it
+        raise
 
 
 def _read_once(path: Path) -> torch.Tensor:

@@ -192,8 +192,9 @@ def describe_differences(sweep: Sweep, baseline: str) -> list[str]:
         if changes:
             notes.append(f"Not like for like: {label} ran with {changes} in {baseline}.")
         origins = [origin_of(results) for results in pairs[0]]
-        if all(origins) and len(set(origins)) > 1:
-            how = f"{label} started from {origins[0]}, {baseline} from {origins[1]}"
+        if len(set(origins)) > 1:
+            own, other = (origin or "weights of unknown pretraining" for origin in origins)
+            how = f"{label} started from {own}, {baseline} from {other}"
             notes.append(f"Not like for like: {how}.")
         data = [(data_of(a), data_of(b)) for a, b in pairs]
         data += [

@@ -231,13 +231,13 @@ def find_image(folder: Path, file: str) -> Path | None:
 
 def make_thumbnail(path: Path) -> str | None:
     """The middle of an image as a small square JPEG in base64; None if it cannot be read."""
-    from PIL import Image, ImageOps
-
-    from data.images import read_rgb  # imports torch, which the tables do not need
-
     try:
+        from PIL import Image, ImageOps
+
+        from data.images import read_rgb  # imports torch, which the tables do not need
+
         image = Image.fromarray(read_rgb(path).permute(1, 2, 0).contiguous().numpy())
-    except OSError:
+    except (OSError, ImportError):
         return None
     stream = io.BytesIO()
     ImageOps.fit(image, (THUMBNAIL, THUMBNAIL)).save(stream, "JPEG", quality=80)

@@ -100,6 +100,7 @@ def submit(
             srun_args=["--cpus-per-task", str(cpus)],  # which srun no longer takes from sbatch
             array_parallelism=max_parallel,
             stderr_to_stdout=True,
+            signal_delay_s=300,  # before the time limit: an evaluation may have to end first
             setup=[f'export PYTHONPATH={path}"${{PYTHONPATH:+:$PYTHONPATH}}"'],
             additional_parameters={"requeue": True},
         )

@@ -1,5 +1,7 @@
 """data/decoding.py: every pixel mode is scaled right or refused, and errors name the file."""
 
+import errno
+import os
 import struct
 import warnings
 
@@ -262,3 +264,13 @@ def test_torchcodec_is_used_where_it_is_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "fast_jpeg", lambda: decode_jpeg)
     photo(0).save(tmp_path / "x.jpg")
     assert read_rgb(tmp_path / "x.jpg").shape == (3, 2, 3) and asked == ["UNCHANGED"]
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # as file.readinto
+
+    monkeypatch.setattr(decoding, "RETRY_AFTER", ())
+    monkeypatch.setattr(decoding, "_read_once", fail)
+    with pytest.raises(OSError, match="Input/output error: .*x.jpg"):
+        read_rgb(tmp_path / "x.jpg")

@@ -328,6 +328,21 @@ def test_counts_and_loss_by_hand():
     )
 
 
+def test_losses_that_are_not_finite_are_counted(monkeypatch):
+    def overflow(self, images):
+        return images.float().masked_fill(images == 9, math.inf)
+
+    monkeypatch.setattr(Batches, "normalise", overflow)
+    assert evaluated(SIX_ROWS, classes=7).overflowed == 4
+
+
+@pytest.mark.parametrize(("overflowed", "in_fp16"), [(0, False), (1, False), (2, True)])
+def test_in_fp16_single_images_may_overflow(overflowed, in_fp16):
+    metrics = EvalMetrics(0.0, 1, 1, 100, [], torch.empty(0), overflowed=overflowed)
+    assert metrics.has_diverged("bf16") == metrics.has_diverged("fp32") == (overflowed > 0)
+    assert metrics.has_diverged("fp16") == in_fp16
+
+
 def test_the_cut_into_batches_does_not_matter():
     whole, cut = (evaluated(SIX_ROWS, classes=7, batch=size) for size in (6, 1))
     assert (whole.top1, whole.top5, whole.num_images) == (cut.top1, cut.top5, cut.num_images)

@@ -3,6 +3,7 @@
 Outputs that a user names are tested in test_outputs.py, locks over processes in test_run_dir.py.
 """
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -19,11 +20,22 @@ from common.files import (
     remove_temporary_files,
     replace_by_link,
     require_free_space,
+    sync_folder,
     temporary_beside,
     unused_path,
     write_atomic,
     write_json,
 )
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_folders_are_synced_where_the_file_system_can(monkeypatch, number, raised):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input") if raised else contextlib.nullcontext():
+        sync_folder(Path())
 
 
 def test_write_atomic_leaves_the_old_file_when_it_fails(full_disk):

@@ -100,11 +100,15 @@ class Validation:
 class Scores:
     """A validation with these counts of correct images, of 10, one per epoch."""
 
-    def __init__(self, *top1, unreadable=(), loss_sum=1.0):
-        self.top1, self.unreadable, self.loss_sum = list(top1), list(unreadable), loss_sum
+    def __init__(self, *top1, unreadable=(), overflowed=0):
+        self.top1, self.unreadable, self.overflowed = list(top1), list(unreadable), overflowed
 
     def run(self, model):
-        return EvalMetrics(self.loss_sum, self.top1.pop(0), 10, 10, self.unreadable, torch.empty(0))
+        counts = self.top1.pop(0), 10, 1000
+        loss = math.nan if self.overflowed else 1.0
+        return EvalMetrics(
+            loss, *counts, self.unreadable, torch.empty(0), overflowed=self.overflowed
+        )
 
 
 def augment(images, labels, draws, *, step, micro):
@@ -411,9 +415,11 @@ def test_a_loss_that_is_nan_stops_the_run_and_spares_the_checkpoint(
     assert len(log(tmp_path)) == 1
 
 
-def test_a_validation_loss_that_is_nan_stops_the_run(tmp_path):
+@pytest.mark.parametrize(("precision", "overflowed"), [("fp32", 1), ("bf16", 1), ("fp16", 11)])
+def test_a_validation_loss_that_is_nan_stops_the_run(tmp_path, precision, overflowed):
     train_loop, state = make(tmp_path)
-    train_loop.evaluator = Scores(5, loss_sum=float("nan"))
+    train_loop.trainer.precision = precision
+    train_loop.evaluator = Scores(5, overflowed=overflowed)
     with pytest.raises(Diverged, match="validation loss is not finite at epoch 1 step 4, learning"):
         train_loop.fit(state)
     assert log(tmp_path) == []
@@ -422,9 +428,9 @@ def test_a_validation_loss_that_is_nan_stops_the_run(tmp_path):
 def test_a_validation_that_overflows_in_fp16_is_a_warning(tmp_path, capsys):
     train_loop, state = make(tmp_path)
     train_loop.trainer.precision = "fp16"
-    train_loop.evaluator = Scores(*[5] * EPOCHS, loss_sum=float("nan"))
+    train_loop.evaluator = Scores(*[5] * EPOCHS, overflowed=10)
     train_loop.fit(state)
-    assert "the validation loss is not finite: fp16 overflowed" in capsys.readouterr().out
+    assert "warning: fp16 overflowed on 10 validation images" in capsys.readouterr().out
     assert [row["val_loss"] for row in log(tmp_path)] == [None] * EPOCHS
 
 

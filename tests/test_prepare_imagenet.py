@@ -23,6 +23,7 @@ from common.files import lock_folder
 from data.imagenet import load_imagenet
 from data.synthetic import write_imagenet_tree
 from tools import pack
+from tools.prepare_imagenet import classes
 from tools.prepare_imagenet.__main__ import main, parse_args
 from tools.prepare_imagenet.labels import read_val_labels
 from tools.prepare_imagenet.verify import describe_missing
@@ -755,3 +756,19 @@ def test_wrong_command_lines_are_one_line_and_exit_with_2():
     ):
         with pytest.raises(UserError, match=message):
             parse_args(flags)
+
+
+def test_links_that_lead_nowhere_are_listed(tmp_path):
+    (tmp_path / "a.JPEG").symlink_to("missing")
+    (tmp_path / "b.JPEG").mkdir()
+    assert classes.list_folder(tmp_path) == ["a.JPEG"]
+
+
+def test_a_file_system_without_links_is_named(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(UserError, match="without links: add --copy"):
+        classes._link("a", tmp_path / "b")

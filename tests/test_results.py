@@ -83,6 +83,7 @@ def test_a_value_of_another_type_or_out_of_range_is_named(write, name, value):
         ({"fold": 2}, "is that of dtd_fold2_resnet18_seed42: restore it, or delete it"),
         ({"test_acc": 0.75}, "contradicts itself: 3 of 4 are not 0.75 %"),
         ({"confusion": [[2, 1], [0, 0]]}, "contradicts itself: its confusion has 3 images, not 4"),
+        ({"classes": ["a", "b", "c"]}, "its confusion has 2 rows for 3 classes"),
         ({"test_files": ["1"]}, "its test files, labels and predictions differ in number"),
     ],
 )

@@ -180,6 +180,27 @@ def test_a_run_that_was_killed_is_recognised_by_the_next_start(tmp_path):
         assert read_json(tmp_path / "status.json")["state"] == "killed"
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_was_killed_before_its_first_save_is_forgotten(tmp_path, saved):
+    (tmp_path / "config.json").write_text("{}")
+    if saved:
+        (tmp_path / LATEST).touch()
+    RunDir(tmp_path).write_status("running")
+    RunDir(tmp_path).lock()
+    assert (tmp_path / "config.json").exists() == saved
+
+
+def test_a_file_server_that_fails_does_not_hide_the_error_of_the_run(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(run_dir.os, "listdir", fail)
+    with pytest.raises(UserError, match="the error"), RunDir(tmp_path).recording_failure():
+        raise UserError("the error")
+    assert (tmp_path / "config.json").exists()
+
+
 def test_a_run_that_said_how_it_ended_was_not_killed(tmp_path):
     RunDir(tmp_path).write_status("finished")
     RunDir(tmp_path).lock()

@@ -463,7 +463,7 @@ def test_runs_of_several_versions_are_noted(tmp_path):
             "8 epochs of recipe fast",
         ),
         ({"sha256": "cd" * 32, "pretraining": "600 epochs of recipe guide"}, None),
-        ({"sha256": "cd" * 32}, None),  # of a file that does not say
+        ({"sha256": "cd" * 32}, "weights of unknown pretraining"),
     ],
 )
 def test_unequal_pretraining_is_noted(tmp_path, weights, told):

@@ -372,7 +372,7 @@ def test_a_test_loss_that_is_nan_is_not_reported(dtd, stop_after, monkeypatch):
     with pytest.raises(Preempted):
         fine_tune(dtd)
     stop_after()
-    nan = EvalMetrics(math.nan, 3, 9, 9, [], torch.zeros(9, dtype=torch.int64))
+    nan = EvalMetrics(math.nan, 3, 9, 9, [], torch.zeros(9, dtype=torch.int64), overflowed=1)
     monkeypatch.setattr(Evaluator, "run", lambda self, model: nan)
     with pytest.raises(Diverged, match=r"the test loss of epoch \d is not finite"):
         fine_tune(dtd)

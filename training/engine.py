@@ -255,6 +255,11 @@ class EvalMetrics:
     unreadable: list[str]  # files that could not be decoded, of all ranks
     predictions: torch.Tensor  # int64, by image; -1 for images of other ranks
     seconds: float = 0.0
+    overflowed: int = 0  # images whose loss is not finite
+
+    def has_diverged(self, precision: str) -> bool:
+        """Whether losses are not finite; in fp16, in which single images overflow, 1 % of them."""
+        return self.overflowed > (self.num_images / 100 if precision == "fp16" else 0)
 
     def as_row(self, prefix: str) -> dict[str, float]:
         """Mean loss and accuracies in percent, as columns of the log."""
@@ -299,7 +304,7 @@ class Evaluator:
         self.context.broadcast_buffers(model)
         set_float32_mode(self.precision)
         device, num_images = self.context.device, 0
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, not finite
         indices, predicted, unreadable = [], [], []
         for batch, labels, logits in classify(
             model, self.loader, device=device, precision=self.precision
@@ -307,8 +312,9 @@ class Evaluator:
             # Count, on the device.
             ranked = logits.topk(min(5, logits.shape[1])).indices
             correct = ranked == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum").double()
-            sums += torch.stack([loss, correct[:, 0].sum(), correct.sum()])
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            counts = correct[:, 0].sum(), correct.sum(), (~loss.isfinite()).sum()
+            sums += torch.stack([loss.sum().double(), *counts])
             num_images += len(labels)
             indices.append(batch.index.clone())  # a worker's tensor keeps a file open
             predicted.append(ranked[:, 0])
@@ -319,8 +325,10 @@ class Evaluator:
         predictions = torch.full((len(self.loader.dataset),), -1)
         if indices:
             predictions[torch.cat(indices)] = torch.cat(predicted).cpu()
-        loss_sum, top1, top5, num_images = self.context.sum([*sums.tolist(), num_images])
+        sums = self.context.sum([*sums.tolist(), num_images])
         unreadable = [name for names in self.context.gather(unreadable) for name in names]
-        counts = int(top1), int(top5), int(num_images)
+        top1, top5, overflowed, num_images = map(int, sums[1:])
         seconds = time.monotonic() - started
-        return EvalMetrics(loss_sum, *counts, unreadable, predictions, seconds)
+        return EvalMetrics(
+            sums[0], top1, top5, num_images, unreadable, predictions, seconds, overflowed
+        )

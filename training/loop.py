@@ -149,8 +149,7 @@ class TrainLoop:
     def validate(self, state: TrainState) -> EvalMetrics:
         """Exact counts over all ranks.
 
-        Raises UserError where an image cannot be decoded, Diverged where the loss is not finite;
-        in fp16, in which a single image can overflow, that is a warning.
+        Raises UserError where an image cannot be decoded, Diverged where the loss is not finite.
         """
         metrics = self.evaluator.run(self.trainer.model)
         if metrics.unreadable:
@@ -161,11 +160,10 @@ class TrainLoop:
                 "evaluation uses every image: restore the files and run the same command again: "
                 + ", ".join(metrics.unreadable)
             )
-        if not math.isfinite(metrics.loss_sum):
-            if self.trainer.precision != "fp16":
-                self.raise_diverged(state, "the validation loss is not finite")
-            if self.context.is_main:
-                print("warning: the validation loss is not finite: fp16 overflowed")
+        if metrics.has_diverged(self.trainer.precision):
+            self.raise_diverged(state, "the validation loss is not finite")
+        if metrics.overflowed and self.context.is_main:
+            print(f"warning: fp16 overflowed on {metrics.overflowed} validation images")
         return metrics
 
     def complete_last_epoch(self, state: TrainState) -> None:

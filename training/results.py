@@ -77,6 +77,9 @@ def find_problem(results: object, folder_name: str) -> str | None:
     matrix = results.get("confusion")
     if matrix and images and sum(map(sum, matrix)) != images:
         return f"contradicts itself: its confusion has {sum(map(sum, matrix))} images, not {images}"
+    names = results.get("classes")
+    if matrix and names and len(matrix) != len(names):
+        return f"contradicts itself: its confusion has {len(matrix)} rows for {len(names)} classes"
     columns = [results.get(f"test_{name}") or [] for name in ("files", "labels", "predictions")]
     if len({len(column) for column in columns}) > 1:
         return "contradicts itself: its test files, labels and predictions differ in number"

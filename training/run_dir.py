@@ -57,6 +57,7 @@ class RunDir:
             # No other process has the lock, and the last one did not say how it ended.
             self.log_event("killed")
             self.write_status("killed")
+            self._forget_unsaved()
 
     def contains_run(self) -> bool:
         """Whether a run has left its configuration, a checkpoint or a finished epoch here."""
@@ -96,10 +97,7 @@ class RunDir:
 
     @contextlib.contextmanager
     def recording_failure(self, *, active: bool = True) -> Iterator[None]:
-        """Write into status.json how the block ended if it raises (rank 0 only: `active`).
-
-        A run that has saved nothing is then no run any more: its config.json is removed.
-        """
+        """Write into status.json how the block ended if it raises (rank 0 only: `active`)."""
         try:
             yield
         except Preempted:
@@ -110,9 +108,14 @@ class RunDir:
                 line, _ = explain_error(error) or (str(error) or type(error).__name__, None)
                 message = " ".join(line.removeprefix("error: ").split())
                 self.write_status(state, message=message)
-                if not any(self.path.glob("*.pt")):  # it can be started with other settings
-                    (self.path / CONFIG).unlink(missing_ok=True)
+                self._forget_unsaved()
             raise
+
+    def _forget_unsaved(self) -> None:
+        """Remove the configuration of a run without checkpoints: others can then be started."""
+        with contextlib.suppress(OSError):
+            if not any(name.endswith(".pt") for name in os.listdir(self.path)):
+                (self.path / CONFIG).unlink(missing_ok=True)
 
     def _write(self, name: str, write: Callable[[Path], None]) -> None:
         """A failed write is only a warning: each checkpoint has the log, too."""

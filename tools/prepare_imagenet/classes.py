@@ -122,7 +122,7 @@ def is_complete(source: ClassSource, out: Path) -> bool:
 
 def list_folder(folder: Path) -> list[str]:
     """Names of the images directly in `folder`, sorted."""
-    return sorted(e.name for e in os.scandir(folder) if is_image(e.name) and e.is_file())
+    return sorted(e.name for e in os.scandir(folder) if is_image(e.name) and not e.is_dir())
 
 
 @contextmanager
@@ -170,8 +170,15 @@ def _is_hidden(path: PurePosixPath) -> bool:
 def _link(source: str, target: Path) -> None:
     try:
         os.link(source, target)
+        return
     except OSError:  # another file system, or one without hard links
+        pass
+    try:
         os.symlink(source, target)
+    except PermissionError as error:
+        raise UserError(
+            f"{target.parent} is on a file system without links: add --copy, or use another --out"
+        ) from error
 
 
 def _require_images(images, source: ClassSource):
