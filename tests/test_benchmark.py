@@ -70,6 +70,18 @@ def test_loader_measures_every_way_to_read_and_the_devices_part(tree, capsys):
     assert result["kb"]["decoded"] == pytest.approx(48 * 48 * 3 / 1e3)
 
 
+@pytest.mark.parametrize(("recipe", "values"), [("guide", (0.08, 2)), ("fast", (0.25, 0))])
+def test_the_plain_side_of_loader_has_the_recipes_augmentation(
+    tree, monkeypatch, capsys, recipe, values
+):
+    seen, make = [], loader.make_train_transform
+    monkeypatch.setattr(
+        loader, "make_train_transform", lambda size, *v: seen.append(v) or make(size, *v)
+    )
+    found(capsys, "loader", "--data_dir", str(tree), "--images", "6", "--recipe", recipe, *SMALL)
+    assert seen == [values]
+
+
 def test_loader_reads_class_folders_and_refuses_a_pack(tree, tmp_path_factory):
     small = loader.make_small_tree(tree / "train", tmp_path_factory.mktemp("small"), count=5)
     train, val, classes = loader.load_imagenet(small)

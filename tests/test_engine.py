@@ -338,7 +338,8 @@ def test_losses_that_are_not_finite_are_counted(monkeypatch):
 
 @pytest.mark.parametrize(("overflowed", "in_fp16"), [(0, False), (1, False), (2, True)])
 def test_in_fp16_single_images_may_overflow(overflowed, in_fp16):
-    metrics = EvalMetrics(0.0, 1, 1, 100, [], torch.empty(0), overflowed=overflowed)
+    loss = math.nan if overflowed else 0.0
+    metrics = EvalMetrics(loss, 1, 1, 100, [], torch.empty(0), overflowed=overflowed)
     assert metrics.has_diverged("bf16") == metrics.has_diverged("fp32") == (overflowed > 0)
     assert metrics.has_diverged("fp16") == in_fp16
 

@@ -153,6 +153,8 @@ def test_unreadable_images_are_left_out_on_request(tree, capsys):
         train.file_name(i).endswith(path.name) and path.parent.name in train.file_name(i)
         for i in range(11)
     )
+    run(tree, "--skip_unreadable")
+    assert "warning: 1 images that could not be read then are not in it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -183,6 +183,11 @@ def is_packed(out: Path, sources: dict[str, ImageFiles], settings: dict) -> bool
         remove_pack(out, sources)
         return False
     print(f"{out} is packed already and undamaged: {describe(manifest['splits'])}")
+    if manifest.get("left_out"):
+        print(
+            f"warning: {len(manifest['left_out'])} images that could not be read then are not in "
+            f"it ({MANIFEST} names them): if they can be read now, pack into another --out"
+        )
     return True
 
 

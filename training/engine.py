@@ -258,8 +258,9 @@ class EvalMetrics:
     overflowed: int = 0  # images whose loss is not finite
 
     def has_diverged(self, precision: str) -> bool:
-        """Whether losses are not finite; in fp16, in which single images overflow, 1 % of them."""
-        return self.overflowed > (self.num_images / 100 if precision == "fp16" else 0)
+        """Whether the loss is not finite, in fp16 because of more than 1 % of the images."""
+        allowed = self.num_images / 100 if precision == "fp16" else 0
+        return not math.isfinite(self.loss_sum) and self.overflowed > allowed
 
     def as_row(self, prefix: str) -> dict[str, float]:
         """Mean loss and accuracies in percent, as columns of the log."""

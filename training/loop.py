@@ -162,7 +162,7 @@ class TrainLoop:
             )
         if metrics.has_diverged(self.trainer.precision):
             self.raise_diverged(state, "the validation loss is not finite")
-        if metrics.overflowed and self.context.is_main:
+        if not math.isfinite(metrics.loss_sum) and self.context.is_main:
             print(f"warning: fp16 overflowed on {metrics.overflowed} validation images")
         return metrics
 

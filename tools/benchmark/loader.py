@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import default_collate
 from torchvision.datasets import ImageFolder
 
 from common.errors import UserError
@@ -46,17 +47,24 @@ def measure_loader_at(args, sizes: list[int]) -> dict[int, dict]:
             "decoded": pixels.data.numel(),
         }
 
-        mix = MixingCollate(len(classes), NUMBERS["mixup"])
+        recipe = {**PRETRAIN[args.recipe], "train_sizes": None}
+        num_ops = NUMBERS["num_ops"]  # of the plain recipe, which has none of timm's policies
+        if not isinstance(recipe["randaugment"], str):
+            num_ops = recipe["randaugment"][0]
+        mixup = recipe["mixup"]
+        mix = MixingCollate(len(classes), mixup) if mixup else default_collate
         found = {}
         for size in sizes:
             # one row per way to read them
             transform, augment = make_augmentation(
-                {**PRETRAIN[args.recipe], "train_sizes": None},
+                recipe,
                 size=size,
                 seed=0,
                 num_classes=max(1000, len(classes)),
             )
-            plain = ImageFolder(tree / "train", make_train_transform(size))
+            plain = ImageFolder(
+                tree / "train", make_train_transform(size, recipe["crop_scale"][0], num_ops)
+            )
             decoder = "torchcodec" if fast_jpeg() else "Pillow"
             rows = {
                 "plain: ImageFolder, PIL, float": load_plainly(plain, mix, args.batch_size),
@@ -129,7 +137,7 @@ def load(dataset: TrainSet, batch_size: int) -> Callable[[int], None]:
 
 
 def load_plainly(
-    dataset: ImageFolder, mix: MixingCollate, batch_size: int
+    dataset: ImageFolder, mix: Callable[[list], tuple], batch_size: int
 ) -> Callable[[int], None]:
     """The same of the plain recipe's dataset and collate function."""
 
