@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from common.errors import Busy, UserError
 from common.files import lock_folder, require_free_space
-from common.processes import ignore_stop_signals
 from data.decoding import is_system_error
 from data.images import ImageFiles
 from data.packed import (
@@ -187,10 +186,7 @@ def _decode(source: ImageFiles, place: Path, *, workers: int, stop) -> None:
     print(f"decoding {len(source):,} images once, {size / 1e9:.1f} GB, into {place}")
     with open_pack(place, {SPLIT: source}) as writers:
         images = map_in_workers(
-            partial(_read_pixels, source),
-            np.arange(len(source)),
-            workers=workers,
-            worker_init_fn=ignore_stop_signals,
+            partial(_read_pixels, source), np.arange(len(source)), workers=workers
         )
         progress = tqdm(
             images, total=len(source), unit="image", desc="decoding", leave=False, disable=None

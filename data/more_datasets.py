@@ -78,7 +78,7 @@ def load_kth_tips2b(data_dir: Path, fold: int) -> Splits:
 
 
 def load_cub200(data_dir: Path, fold: int) -> Splits:
-    """CUB-200-2011, one fold: the official test set; a tenth of the other images validates."""
+    """CUB-200-2011, one fold: the official test set; 10 % of the rest is held out to validate."""
     # Its four tables, {id: (file:line, value)}.
     check_fold(fold, [1], "cub200")
     root = find_root(data_dir, ["", "CUB_200_2011"], [*CUB_FILES, "images"], "CUB-200-2011")

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.files import sync_folder, write_json
+from common.processes import ignore_stop_signals
 from data.decoding import decode_rgb
 
 MANIFEST, FORMAT = "packed.json", 1
@@ -239,18 +240,15 @@ def remove_pack(root: Path, splits: Iterable[str]) -> None:
 
 
 def map_in_workers(
-    function: Callable[[int], object], positions: np.ndarray, *, workers: int, **options
+    function: Callable[[int], object], positions: np.ndarray, *, workers: int
 ) -> Iterator[tuple[int, object]]:
-    """Yield (position, function(position)) in order, computed ahead by worker processes.
-
-    `options` are passed to the DataLoader.
-    """
+    """Yield (position, function(position)) in order, computed ahead by worker processes."""
     loader = DataLoader(
         positions.tolist(),
         batch_size=None,
         collate_fn=function,  # called with each element where there are no batches
         num_workers=min(workers, len(positions)),
         generator=torch.Generator(),  # the global one stays as it is
-        **options,
+        worker_init_fn=ignore_stop_signals,
     )
     return zip(positions.tolist(), loader, strict=True)

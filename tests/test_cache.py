@@ -280,7 +280,7 @@ def everything(root):
 def test_workers_need_not_be_forked(root, monkeypatch):
     sent = []
 
-    def map_pickled(function, positions, **options):
+    def map_pickled(function, positions, *, workers):
         sent.append(pickle.dumps(function))
         return zip(positions.tolist(), map(pickle.loads(sent[0]), positions.tolist()), strict=True)
 

@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +216,14 @@ def test_the_manifest_is_written_after_the_files_it_describes(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         write_pack(tmp_path)
     assert not (tmp_path / MANIFEST).exists()
+
+
+def test_workers_outlive_the_signals_that_stop_a_run():
+    def signal_itself(position):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return -position
+
+    assert list(map_in_workers(signal_itself, np.array([3]), workers=1)) == [(3, -3)]
 
 
 def test_results_of_workers_come_in_order_and_draw_no_random_number():

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common.cli import Parser, at_least, run
 from common.errors import UserError
 from common.files import LOCK, check_output_folder, lock_folder, require_free_space
-from common.processes import ignore_stop_signals, usable_cpus
+from common.processes import usable_cpus
 from data.decoding import decode_rgb, is_system_error, open_image, read_bytes
 from data.imagenet import load_imagenet
 from data.images import ImageFiles
@@ -243,12 +243,7 @@ def pack_split(
 ) -> list[str]:
     """Pack one split; returns why images could not be read, a line for each."""
     unreadable = []
-    images = map_in_workers(
-        partial(shrink, source),
-        np.arange(len(source)),
-        workers=workers,
-        worker_init_fn=ignore_stop_signals,
-    )
+    images = map_in_workers(partial(shrink, source), np.arange(len(source)), workers=workers)
     for position, image in tqdm(images, total=len(source), unit="image", desc=split, disable=None):
         if isinstance(stop_if_machine_fails(image), str):
             unreadable.append(image)

@@ -16,6 +16,7 @@ from data.images import ImageFiles
 from data.splits import SPLITS, Splits
 from data.synthetic import write_dtd
 from data.textures import load_splits
+from tools.benchmark.plain_train import plain_values
 from tools.benchmark.timing import children_cpu_seconds, interleaved, run_python
 from training.recipes import FINETUNE, PRETRAIN
 
@@ -123,11 +124,7 @@ def make_flags(args) -> list:
 
 def plain_flags(recipe: dict) -> list:
     """The flags of plain_train.py for a recipe's augmentation."""
-    return [
-        *("--min_scale", recipe["crop_scale"][0]),
-        *("--num_ops", recipe["randaugment"][0]),
-        *("--mixup", recipe["mixup"]),
-    ]
+    return [word for name, x in plain_values(recipe).items() for word in (f"--{name}", x)]
 
 
 def link_tree(splits: Splits, tree: Path) -> Path:

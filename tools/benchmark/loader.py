@@ -15,7 +15,7 @@ from data.images import ImageFiles, Sample, TrainSet, collate
 from data.packed import MANIFEST, PackedImages, finish_pack, open_pack, read_manifest
 from data.synthetic import write_imagenet_tree
 from data.transforms import find_train_sizes, make_augmentation
-from tools.benchmark.plain_train import NUMBERS, MixingCollate, make_train_transform
+from tools.benchmark.plain_train import MixingCollate, make_train_transform, plain_values
 from tools.benchmark.timing import interleaved, run_python
 from training.distributed import init_distributed
 from training.recipes import PRETRAIN
@@ -48,10 +48,7 @@ def measure_loader_at(args, sizes: list[int]) -> dict[int, dict]:
         }
 
         recipe = {**PRETRAIN[args.recipe], "train_sizes": None}
-        num_ops = NUMBERS["num_ops"]  # of the plain recipe, which has none of timm's policies
-        if not isinstance(recipe["randaugment"], str):
-            num_ops = recipe["randaugment"][0]
-        mixup = recipe["mixup"]
+        min_scale, num_ops, mixup = plain_values(recipe).values()
         mix = MixingCollate(len(classes), mixup) if mixup else default_collate
         found = {}
         for size in sizes:
@@ -62,9 +59,7 @@ def measure_loader_at(args, sizes: list[int]) -> dict[int, dict]:
                 seed=0,
                 num_classes=max(1000, len(classes)),
             )
-            plain = ImageFolder(
-                tree / "train", make_train_transform(size, recipe["crop_scale"][0], num_ops)
-            )
+            plain = ImageFolder(tree / "train", make_train_transform(size, min_scale, num_ops))
             decoder = "torchcodec" if fast_jpeg() else "Pillow"
             rows = {
                 "plain: ImageFolder, PIL, float": load_plainly(plain, mix, args.batch_size),

@@ -32,6 +32,13 @@ TO_FLOAT = (
 )
 
 
+def plain_values(recipe: dict) -> dict[str, float]:
+    """A recipe's values of these three; for timm's RandAugment, which is a policy, NUMBERS'."""
+    randaugment = recipe["randaugment"]
+    num_ops = NUMBERS["num_ops"] if isinstance(randaugment, str) else randaugment[0]
+    return {"min_scale": recipe["crop_scale"][0], "num_ops": num_ops, "mixup": recipe["mixup"]}
+
+
 def make_train_transform(
     size: int, min_scale: float = NUMBERS["min_scale"], num_ops: int = NUMBERS["num_ops"]
 ) -> transforms.Compose:
